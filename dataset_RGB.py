@@ -1,0 +1,179 @@
+"""Paired pictures: which rainy one belongs to which clean one, and what the network is trained and validated on."""
+
+import re
+import signal
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision.transforms.functional import adjust_saturation
+
+from utils.errors import UserError
+from utils.images import find_pictures, is_picture, read_image, reflect_pad
+
+
+class Pair(NamedTuple):
+    """Paths of a rainy picture and its clean one; for a side-by-side picture `clean_half` says which half is clean."""
+
+    input: Path
+    target: Path
+    clean_half: str | None = None
+
+    def read(self):
+        """-> rainy and clean picture, H×W×3 uint8 each. Raises UserError where they do not belong together."""
+        if self.clean_half:
+            image = read_image(self.input)
+            if image.shape[1] % 2:
+                raise UserError(f"{self.input} is {image.shape[1]} pixels wide: two halves side by side need an even width.")
+            left, right = np.split(image, 2, axis=1)
+            return (right, left) if self.clean_half == "left" else (left, right)
+        rainy, clean = read_image(self.input), read_image(self.target)
+        if rainy.shape != clean.shape:
+            sizes = [f"{path} ({i.shape[1]}×{i.shape[0]})" for path, i in ((self.input, rainy), (self.target, clean))]
+            raise UserError(f"{sizes[0]} and {sizes[1]} are not of one size: replace or remove this pair.")
+        return rainy, clean
+
+
+def target_names(stem):
+    """Stems of clean pictures that a rainy one may belong to, the likeliest first: the same name; 901_14 -> 901
+    (DDN-Data, several rainy pictures of one scene); norain-7x2 -> norain-7 (Rain200L/H); rain-007 -> norain-007
+    (Rain100L/H)."""
+    return [stem, re.sub(r"_\d+$", "", stem), re.sub(r"x2$", "", stem), re.sub(r"^rain", "norain", stem)]
+
+
+def pair_by_name(inputs, targets, input_root, target_root):
+    """Pairs paths by their names below two roots, whatever their endings -> list of Pair, in the order of `inputs`.
+
+    Raises UserError that lists the pictures without a partner.
+    """
+    by_name = defaultdict(list)
+    for path in targets:
+        by_name[path.relative_to(target_root).with_suffix("")].append(path)
+    problems = [f"{' and '.join(map(str, same))} have one name" for same in by_name.values() if len(same) > 1]
+    pairs = []
+    for path in inputs:
+        folder = path.relative_to(input_root).parent
+        names = [folder / name for name in target_names(path.stem) if folder / name in by_name]
+        if names:
+            pairs.append(Pair(path, by_name[names[0]][0]))
+        else:
+            problems.append(f"{path} has no clean picture in {target_root}")
+    used = {pair.target for pair in pairs}
+    problems += [f"{path} has no rainy picture in {input_root}" for path in targets if path not in used]
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:20])
+        raise UserError(f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed}{more}")
+    return pairs
+
+
+def find_pairs(root, clean_half=None):
+    """All pairs of a data set -> list of Pair.
+
+    `root` holds input/ and target/ with pictures of the same names or, with `clean_half` "left" or "right", pictures
+    whose two halves are the pair. Raises UserError if there are none or if they do not pair up.
+    """
+    root = Path(root)
+    if clean_half:
+        return [Pair(path, path, clean_half) for path in find_pictures(root)[0]]
+    folders = root / "input", root / "target"
+    for folder in folders:
+        if not folder.is_dir():
+            hint = ""
+            if root.is_dir() and any(is_picture(path) for path in root.iterdir()):
+                hint = " For pictures with rainy and clean halves side by side, say --clean_half left or right."
+            raise UserError(f"{folder} does not exist: put rainy pictures in {folders[0]}, clean ones in {folders[1]}.{hint}")
+    inputs, targets = (find_pictures(folder)[0] for folder in folders)
+    return pair_by_name(inputs, targets, *folders)
+
+
+def hold_out(pairs, fraction, seed):
+    """Splits pairs into (for training, for validation) so that all pictures of one clean picture stay together."""
+    targets = sorted({pair.target for pair in pairs})
+    if len(targets) < 2:
+        raise UserError("--hold_out needs pictures of at least two scenes.")
+    count = min(max(1, round(len(targets) * fraction)), len(targets) - 1)
+    held_out = {targets[i] for i in np.random.default_rng(seed).permutation(len(targets))[:count]}
+    return [p for p in pairs if p.target not in held_out], [p for p in pairs if p.target in held_out]
+
+
+def to_tensor(image):
+    """H×W×3 uint8 -> 3×H×W float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+
+
+MOVES = [  # nine equally likely moves, two of which leave the patch alone
+    lambda image: image,
+    np.flipud,
+    np.fliplr,
+    lambda image: np.rot90(image, 1),
+    lambda image: np.rot90(image, 2),
+    lambda image: np.rot90(image, 3),
+    lambda image: np.rot90(np.flipud(image)),
+    lambda image: np.rot90(np.fliplr(image)),
+    lambda image: image,
+]
+
+
+class TrainingPatches(Dataset):
+    """Randomly cropped and augmented patches: dicts of "input" and "target", 3×P×P in [0, 1], and the file's "name".
+
+    The index counts the samples of a whole run, epoch · len(self) + picture. It seeds all random choices, so that a
+    sample does not depend on workers, processes or on where a run was interrupted.
+    """
+
+    def __init__(self, pairs, patch_size, seed):
+        self.pairs, self.patch_size, self.seed = pairs, patch_size, seed
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        pair = self.pairs[index % len(self)]
+        size = self.patch_size
+        rainy, clean = (reflect_pad(image, size, size) for image in pair.read())
+        # Colour changes each pixel alone: adjusting the patch after the crop gives what the published order gives.
+        saturation = rng.uniform(0.8, 1.2) if rng.integers(3) == 1 else None
+        y, x = (rng.integers(side - size + 1) for side in rainy.shape[:2])
+        move = MOVES[rng.integers(9)]
+        rainy, clean = (to_tensor(move(image[y : y + size, x : x + size])) for image in (rainy, clean))
+        if saturation:
+            rainy, clean = (adjust_saturation(patch, saturation) for patch in (rainy, clean))
+        return {"input": rainy, "target": clean, "name": str(pair.input)}
+
+
+class ValidationPatches(Dataset):
+    """The central patch of each pair, as the published validation uses; items as in TrainingPatches."""
+
+    def __init__(self, pairs, patch_size):
+        self.pairs, self.patch_size = pairs, patch_size
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        pair, size = self.pairs[index], self.patch_size
+        rainy, clean = (reflect_pad(image, size, size) for image in pair.read())
+        y, x = ((side - size) // 2 for side in rainy.shape[:2])
+        rainy, clean = (to_tensor(image[y : y + size, x : x + size]) for image in (rainy, clean))
+        return {"input": rainy, "target": clean, "name": str(pair.input)}
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffles each epoch by (seed, epoch), shares it out to the processes, and can start `skip` samples into it."""
+
+    skip = 0
+
+    def __iter__(self):
+        start = self.epoch * len(self.dataset)
+        return (start + index for index in list(super().__iter__())[self.skip :])
+
+
+def quiet_worker(_):
+    """Workers leave Ctrl-C to the main process, and end at once when it asks them to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

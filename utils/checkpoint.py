@@ -1,0 +1,100 @@
+"""Checkpoints: one way to write them, one way to read them. The format is the published one: a dict with "epoch",
+"state_dict" and "optimizer"; ours add "ema" (averaged weights) and what an exact resume needs."""
+
+import re
+
+import torch
+
+from model import MultiscaleNet
+from utils.errors import UserError
+from utils.files import atomic_write
+
+PUBLISHED = {
+    (48, (2, 3, 3), (1, 2, 4)): "NeRD-Rain",
+    (32, (2, 3, 3), (1, 2, 4)): "NeRD-Rain-S",
+    (48, (1, 1, 1), None): "NeRD-Rain-MPRNet",
+}
+
+
+def save_checkpoint(path, **content):
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint dict onto the CPU; weights of DataParallel lose their "module." prefix.
+
+    Nothing but tensors and plain containers is unpickled. Raises UserError for a file that is no checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
+    except Exception as error:  # what torch raises on a broken file depends on where it is broken
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
+    if isinstance(content, dict) and "state_dict" not in content:
+        content = {"state_dict": content}
+    weights = content.get("state_dict") if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+        raise UserError(
+            f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
+            f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
+        )
+    content["state_dict"] = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return content
+
+
+def options_of(weights, path):
+    """The arguments of MultiscaleNet to which a state dict belongs, read from its names and shapes."""
+    try:
+        dim = len(weights["patch_embed_small.proj.weight"])
+        levels = ("encoder_level1_small", "encoder_level2_small", "latent_small")
+        num_blocks = tuple(
+            1 + max(int(found[1]) for name in weights if (found := re.match(rf"{level}\.(\d+)\.", name)))
+            for level in levels
+        )
+        heads = tuple(len(weights[f"{level}.0.attn.temperature"]) for level in levels if is_transformer(weights))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} holds no weights of NeRD-Rain: expected names such as patch_embed_small.proj.weight, "
+            f"found {', '.join(list(weights)[:3])}."
+        ) from None
+    return {"dim": dim, "num_blocks": num_blocks, "heads": heads or None}
+
+
+def is_transformer(weights):
+    return any(name.endswith("attn.temperature") for name in weights)
+
+
+def network_name(options):
+    return PUBLISHED.get(tuple(options.values()), "a network of width {dim}, blocks {num_blocks}".format(**options))
+
+
+def build_network(weights, path):
+    """The network to which a state dict belongs, with these weights in float32 -> (network, its name).
+
+    Raises UserError with the names and shapes that do not fit.
+    """
+    options = options_of(weights, path)
+    with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
+        net = MultiscaleNet(**options)
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        examples = "; ".join(
+            f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}" for name in wrong[:3]
+        )
+        raise UserError(f"{path} does not fit {network_name(options)} in {len(wrong)} weights, such as {examples}.")
+    net.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return net, network_name(options)
+
+
+def load_network(path):
+    """The network in a checkpoint, recognised from the file -> (network on the CPU, its name).
+
+    Averaged weights are preferred where the checkpoint has them.
+    """
+    content = load_checkpoint(path)
+    return build_network(content.get("ema") or content["state_dict"], path)

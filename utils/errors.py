@@ -1,0 +1,26 @@
+"""Errors that a user can mend are sentences, not tracebacks."""
+
+import functools
+import sys
+
+
+class UserError(Exception):
+    """Something is wrong with what the user gave; the message names it and says what to do."""
+
+
+def sentence(error):
+    """The message of a UserError. One raised in a data-loader worker arrives wrapped in its traceback."""
+    return str(error).rpartition("UserError: ")[2].strip()
+
+
+def reports_errors(main):
+    """Makes a script's main function end with a sentence and exit status 1 on a UserError."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.exit(f"error: {sentence(error)}")
+
+    return wrapped

@@ -1,0 +1,30 @@
+"""Writing files so that nothing half-written is ever left."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    Folders are made as needed. A full disk, a read-only folder and the like raise UserError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

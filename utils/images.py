@@ -1,0 +1,98 @@
+"""Finding, reading, padding and writing pictures. A picture is an H×W×3 uint8 RGB array."""
+
+import glob
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+EXTENSIONS = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".gif"),
+    *(".ppm", ".pgm", ".pnm", ".tga", ".jp2"),
+}
+logger = logging.getLogger(__name__)
+
+
+def is_picture(path):
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def find_pictures(source):
+    """All pictures of a file, a folder tree or a glob pattern -> (sorted paths, the folder their names are relative to).
+
+    Raises UserError if there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        root, found = path, [p for p in path.rglob("*") if is_picture(p)]
+    elif path.is_file():
+        root, found = path.parent, [path]
+    elif glob.has_magic(str(source)):
+        fixed = [part for part in path.parts[: [glob.has_magic(p) for p in path.parts].index(True)]]
+        root, found = Path(*fixed), [p for p in map(Path, glob.glob(str(source), recursive=True)) if is_picture(p)]
+    else:
+        raise UserError(f"{source} does not exist: give a picture, a folder or a quoted pattern such as 'photos/*.jpg'.")
+    if not found:
+        raise UserError(f"{source} holds no pictures: the endings looked for are {' '.join(sorted(EXTENSIONS))}.")
+    return sorted(found), root
+
+
+def read_image(path):
+    """Reads any picture as 8-bit RGB, turned upright as its EXIF data says.
+
+    Grey and palette pictures become RGB, alpha is dropped, of 16 bits the upper 8 are kept; what was converted is
+    logged. Raises UserError for a file that is missing, broken or not a picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            mode = picture.mode
+            if mode == "F":
+                raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
+            if mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling it
+                grey = np.asarray(picture)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError("it has more than 16 bits; save it with 8 or 16 bits")
+                image = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            else:
+                image = np.array(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # decoders fail in many ways on hostile files
+        raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
+    if mode != "RGB":
+        logger.info("%s: its mode %s was converted to 8-bit RGB", path, mode)
+    return image
+
+
+def write_png(path, image):
+    """Writes a picture; a file of that name is replaced only once the new one is complete."""
+    with atomic_write(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
+
+
+def reflect_pad(image, height, width):
+    """Pads H×W×C at the bottom and right by reflection, repeated where the picture is too short for a single one."""
+    missing = (max(0, height - image.shape[0]), max(0, width - image.shape[1]))
+    return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="reflect")
+
+
+def contact_sheet(rows, border=8):
+    """Pastes rows of pictures of any sizes into one white sheet; each row is scaled to its first picture's height."""
+    rows = [[Image.fromarray(image) for image in row] for row in rows]
+    for row in rows:
+        row[:] = [p.resize((round(p.width * row[0].height / p.height), row[0].height)) for p in row]
+    width = max(sum(p.width + border for p in row) for row in rows) + border
+    sheet = Image.new("RGB", (width, sum(row[0].height + border for row in rows) + border), "white")
+    y = border
+    for row in rows:
+        x = border
+        for picture in row:
+            sheet.paste(picture, (x, y))
+            x += picture.width + border
+        y += row[0].height + border
+    return np.asarray(sheet)
