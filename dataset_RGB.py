@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, DistributedSampler
-from torchvision.transforms.functional import adjust_saturation
+from torchvision.transforms.functional import adjust_saturation, center_crop
 
 from utils.errors import UserError
-from utils.images import find_pictures, is_picture, read_image, reflect_pad
+from utils.images import find_pictures, is_picture, read_image, reflect_pad, to_tensor
 
 
 class Pair(NamedTuple):
@@ -27,7 +26,9 @@ class Pair(NamedTuple):
         if self.clean_half:
             image = read_image(self.input)
             if image.shape[1] % 2:
-                raise UserError(f"{self.input} is {image.shape[1]} pixels wide: two halves side by side need an even width.")
+                raise UserError(
+                    f"{self.input} is {image.shape[1]} pixels wide: two halves side by side need an even width."
+                )
             left, right = np.split(image, 2, axis=1)
             return (right, left) if self.clean_half == "left" else (left, right)
         rainy, clean = read_image(self.input), read_image(self.target)
@@ -37,6 +38,30 @@ class Pair(NamedTuple):
         return rainy, clean
 
 
+class Recipe(NamedTuple):
+    """What is known of a data set: how the authors trained on it, how much there is, where it can be had."""
+
+    num_epochs: int
+    train_pairs: int
+    test_pairs: int
+    url: str = ""
+    code: str = ""
+    model: str = "nerd_rain"
+    patch_size: int = 256
+    batch_size: int = 1
+
+
+BAIDU = "https://pan.baidu.com/s/"
+DATASETS = {
+    "Rain200L": Recipe(600, 1800, 200, BAIDU + "1rTb4qU3fCEA4MRpQss__DA", "s2yx"),
+    "Rain200H": Recipe(600, 1800, 200, BAIDU + "1KK8R2bPKgcOX8gMXSuKtCQ", "z9br"),
+    "DID-Data": Recipe(200, 12000, 1200, BAIDU + "1aPFJExxxTBOzJjngMAOQDA", "5luo"),
+    "DDN-Data": Recipe(200, 12600, 1400, BAIDU + "1g_m7RfSUJUtknlWugO1nrw", "ldzo"),
+    "SPA-Data": Recipe(10, 638492, 1000, BAIDU + "1YfxC5OvgYcQCffEttFz8Kg", "yjow"),
+    "demo": Recipe(24, 18, 4, model="nerd_rain_s", patch_size=64, batch_size=2),
+}
+
+
 def target_names(stem):
     """Stems of clean pictures that a rainy one may belong to, the likeliest first: the same name; 901_14 -> 901
     (DDN-Data, several rainy pictures of one scene); norain-7x2 -> norain-7 (Rain200L/H); rain-007 -> norain-007
@@ -44,10 +69,10 @@ def target_names(stem):
     return [stem, re.sub(r"_\d+$", "", stem), re.sub(r"x2$", "", stem), re.sub(r"^rain", "norain", stem)]
 
 
-def pair_by_name(inputs, targets, input_root, target_root):
+def pair_by_name(inputs, targets, input_root, target_root, spare_targets=False):
     """Pairs paths by their names below two roots, whatever their endings -> list of Pair, in the order of `inputs`.
 
-    Raises UserError that lists the pictures without a partner.
+    Raises UserError that lists the pictures without a partner; with `spare_targets` clean ones may be left over.
     """
     by_name = defaultdict(list)
     for path in targets:
@@ -61,8 +86,9 @@ def pair_by_name(inputs, targets, input_root, target_root):
             pairs.append(Pair(path, by_name[names[0]][0]))
         else:
             problems.append(f"{path} has no clean picture in {target_root}")
-    used = {pair.target for pair in pairs}
-    problems += [f"{path} has no rainy picture in {input_root}" for path in targets if path not in used]
+    if not spare_targets:
+        used = {pair.target for pair in pairs}
+        problems += [f"{path} has no rainy picture in {input_root}" for path in targets if path not in used]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:20])
@@ -85,7 +111,9 @@ def find_pairs(root, clean_half=None):
             hint = ""
             if root.is_dir() and any(is_picture(path) for path in root.iterdir()):
                 hint = " For pictures with rainy and clean halves side by side, say --clean_half left or right."
-            raise UserError(f"{folder} does not exist: put rainy pictures in {folders[0]}, clean ones in {folders[1]}.{hint}")
+            raise UserError(
+                f"{folder} does not exist: put rainy pictures in {folders[0]}, clean ones in {folders[1]}.{hint}"
+            )
     inputs, targets = (find_pictures(folder)[0] for folder in folders)
     return pair_by_name(inputs, targets, *folders)
 
@@ -98,11 +126,6 @@ def hold_out(pairs, fraction, seed):
     count = min(max(1, round(len(targets) * fraction)), len(targets) - 1)
     held_out = {targets[i] for i in np.random.default_rng(seed).permutation(len(targets))[:count]}
     return [p for p in pairs if p.target not in held_out], [p for p in pairs if p.target in held_out]
-
-
-def to_tensor(image):
-    """H×W×3 uint8 -> 3×H×W float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
 
 
 MOVES = [  # nine equally likely moves, two of which leave the patch alone
@@ -158,8 +181,7 @@ class ValidationPatches(Dataset):
     def __getitem__(self, index):
         pair, size = self.pairs[index], self.patch_size
         rainy, clean = (reflect_pad(image, size, size) for image in pair.read())
-        y, x = ((side - size) // 2 for side in rainy.shape[:2])
-        rainy, clean = (to_tensor(image[y : y + size, x : x + size]) for image in (rainy, clean))
+        rainy, clean = (center_crop(to_tensor(image), size) for image in (rainy, clean))
         return {"input": rainy, "target": clean, "name": str(pair.input)}
 
 

@@ -1,5 +1,7 @@
 """The training losses of NeRD-Rain. They work in float32 whatever the network's precision, on any device."""
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -66,7 +68,8 @@ class DerainLoss(nn.Module):
     INR renderings, and their weighted "total", which is to be minimised.
     """
 
-    weights = {"charbonnier": 1.0, "fft": 0.01, "edge": 0.05, "l1": 0.1}
+    weights = MappingProxyType({"charbonnier": 1.0, "fft": 0.01, "edge": 0.05, "l1": 0.1})
+    terms = (*weights, "total")
 
     def __init__(self):
         super().__init__()
@@ -78,10 +81,10 @@ class DerainLoss(nn.Module):
             outputs = [output.float() for output in outputs]
             targets = self.pyramid(target.float())
             scales = list(zip(outputs[:3], targets))
-            terms = {
+            losses = {
                 "charbonnier": sum(charbonnier(x, y) for x, y in scales),
                 "fft": sum(fft_distance(x, y) for x, y in scales),
                 "edge": sum(self.edge_distance(x, y) for x, y in scales),
                 "l1": F.l1_loss(outputs[3], targets[1]) + F.l1_loss(outputs[5], targets[2]),
             }
-            return {**terms, "total": sum(self.weights[name] * term for name, term in terms.items())}
+            return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}

@@ -11,6 +11,7 @@ Modules are registered under the names of the published code and in its order, s
 """
 
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,7 @@ class INR(nn.Module):
         super().__init__()
         widths = [9 * dim + self.coordinates + self.cells, hidden, hidden, hidden]
         layers = []
-        for inputs, outputs in zip(widths, widths[1:]):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.imnet = named(layers=nn.Sequential(*layers, nn.Linear(hidden, 3)))
 
@@ -281,9 +282,7 @@ class MultiscaleNet(nn.Module):
 
     def forward(self, x):
         if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
-            raise ValueError(
-                f"the network takes heights and widths that are multiples of {MULTIPLE}, not {x.shape[-2]}×{x.shape[-1]}"
-            )
+            raise ValueError(f"height and width must be multiples of {MULTIPLE}, not {x.shape[-2]} and {x.shape[-1]}")
         half, quarter = resize(x, 0.5), resize(x, 0.25)
 
         # Coarse to fine: each scale's first latent is rendered and added to the next scale's image.

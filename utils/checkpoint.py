@@ -84,7 +84,8 @@ def build_network(weights, path):
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if wrong:
         examples = "; ".join(
-            f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}" for name in wrong[:3]
+            f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+            for name in wrong[:3]
         )
         raise UserError(f"{path} does not fit {network_name(options)} in {len(wrong)} weights, such as {examples}.")
     net.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)

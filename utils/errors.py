@@ -22,5 +22,8 @@ def reports_errors(main):
             return main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"error: {sentence(error)}")
+        except KeyboardInterrupt:
+            print("interrupted: what was finished is kept.", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped

@@ -1,10 +1,12 @@
 """Finding, reading, padding and writing pictures. A picture is an H×W×3 uint8 RGB array."""
 
 import glob
+import itertools
 import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
@@ -22,9 +24,9 @@ def is_picture(path):
 
 
 def find_pictures(source):
-    """All pictures of a file, a folder tree or a glob pattern -> (sorted paths, the folder their names are relative to).
+    """The pictures of a file, a folder tree or a glob pattern -> (sorted paths, the folder they are relative to).
 
-    Raises UserError if there is none.
+    Raises UserError if there are none.
     """
     path = Path(source)
     if path.is_dir():
@@ -32,10 +34,12 @@ def find_pictures(source):
     elif path.is_file():
         root, found = path.parent, [path]
     elif glob.has_magic(str(source)):
-        fixed = [part for part in path.parts[: [glob.has_magic(p) for p in path.parts].index(True)]]
-        root, found = Path(*fixed), [p for p in map(Path, glob.glob(str(source), recursive=True)) if is_picture(p)]
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [p for p in map(Path, glob.glob(str(source), recursive=True)) if is_picture(p)]
     else:
-        raise UserError(f"{source} does not exist: give a picture, a folder or a quoted pattern such as 'photos/*.jpg'.")
+        raise UserError(
+            f"{source} does not exist: give a picture, a folder or a quoted pattern such as 'photos/*.jpg'."
+        )
     if not found:
         raise UserError(f"{source} holds no pictures: the endings looked for are {' '.join(sorted(EXTENSIONS))}.")
     return sorted(found), root
@@ -79,6 +83,16 @@ def reflect_pad(image, height, width):
     """Pads H×W×C at the bottom and right by reflection, repeated where the picture is too short for a single one."""
     missing = (max(0, height - image.shape[0]), max(0, width - image.shape[1]))
     return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="reflect")
+
+
+def to_tensor(image):
+    """H×W×3 uint8 -> 3×H×W float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+
+
+def to_image(tensor):
+    """3×H×W float in [0, 1] (clamped) -> H×W×3 uint8, rounded to nearest."""
+    return (tensor.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def contact_sheet(rows, border=8):

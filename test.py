@@ -1,0 +1,143 @@
+"""Derains pictures: a file, a folder, a folder tree or a pattern.
+
+python test.py --input_dir Datasets/Rain200L/test/input --weights checkpoints/model_best.pth
+"""
+
+import argparse
+import csv
+import io
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataset_RGB import pair_by_name
+from evaluations.metrics import psnr_ssim
+from utils.checkpoint import load_network
+from utils.devices import choose_device
+from utils.errors import UserError, reports_errors, sentence
+from utils.files import atomic_write
+from utils.images import contact_sheet, find_pictures, read_image, write_png
+from utils.inference import derain
+
+PROTOCOL = "rain200"
+PANEL_ROWS = 6
+COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", nargs="+", required=True, help="rainy pictures: files, folders or 'patterns'")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where results go as PNG (default: results/<name of the input>)"
+    )
+    parser.add_argument("--weights", required=True, help="a checkpoint; which network it holds is read from it")
+    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    parser.add_argument(
+        "--win_size", type=int, default=256, help="window of the published test procedure (default: 256)"
+    )
+    parser.add_argument(
+        "--target_dir", help="clean pictures: prints PSNR and SSIM before and after, and writes them as CSV"
+    )
+    parser.add_argument("--panel", type=Path, help="with --target_dir: a PNG of rainy, derained and clean side by side")
+    args = parser.parse_args(argv)
+    if args.panel and not args.target_dir:
+        parser.error("--panel shows clean pictures: give their folder with --target_dir")
+    return args
+
+
+def default_output_dir(source):
+    """results/<name of the data set or folder>: Datasets/Rain200L/test/input goes to results/Rain200L; a single picture
+    goes to results/."""
+    if Path(source).is_file():
+        return Path("results")
+    names = [part for part in find_pictures(source)[1].resolve().parts if part not in ("test", "train", "input")]
+    return Path("results", names[-1])
+
+
+def plan(sources, output_dir):
+    """-> dicts of input path -> result path, and of input path -> why it cannot be done."""
+    inputs, problems = {}, {}  # inputs: result path -> input path
+    for source in sources:
+        paths, root = find_pictures(source)
+        for path in paths:
+            output = (output_dir / path.relative_to(root)).with_suffix(".png")
+            if output.resolve() == path.resolve():
+                problems[path] = f"{path} would be overwritten by its result: choose another --output_dir."
+            elif output in inputs:
+                problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."
+            else:
+                inputs[output] = path
+    return {path: output for output, path in inputs.items()}, problems
+
+
+def find_targets(sources, target_dir):
+    """-> dict of input path -> clean picture's path."""
+    targets, target_root = find_pictures(target_dir)
+    found = {}
+    for source in sources:
+        paths, root = find_pictures(source)
+        if Path(source).is_file() and Path(target_dir).is_file():
+            return {paths[0]: targets[0]}  # two pictures named one by one belong together whatever their names
+        found |= {p.input: p.target for p in pair_by_name(paths, targets, root, target_root, spare_targets=True)}
+    return found
+
+
+def write_table(rows, path):
+    """Prints each picture's PSNR and SSIM and their means, and writes the pictures' as CSV."""
+    name_width = max(12, *(len(row[0]) for row in rows))
+    print(f"{'':{name_width}}  rainy PSNR   SSIM    derained PSNR   SSIM")
+    for name, *values in [*rows, ("mean", *np.mean([row[1:] for row in rows], axis=0))]:
+        print("{:{}}  {:10.2f} {:.4f}  {:14.2f} {:.4f}".format(name, name_width, *values))
+    print(f"{len(rows)} pictures; Y channel, protocol {PROTOCOL}")
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        csv.writer(text).writerows([COLUMNS, *rows])
+        text.detach()
+
+
+@reports_errors
+def main(argv=None):
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = choose_device(args.gpus)
+    net, name = load_network(args.weights)
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    output_dir = args.output_dir or default_output_dir(args.input_dir[0])
+    outputs, problems = plan(args.input_dir, output_dir)
+    targets = find_targets(args.input_dir, args.target_dir) if args.target_dir else {}
+    print(f"{name} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
+
+    rows, panel = [], []
+    with logging_redirect_tqdm():
+        for path, output in tqdm(outputs.items(), unit="picture", disable=None):
+            try:
+                rainy = read_image(path)
+                clean = read_image(targets[path]) if targets else None
+                if targets and clean.shape != rainy.shape:
+                    raise UserError(f"{path} and {targets[path]} are not of one size: replace or remove this pair.")
+            except UserError as error:
+                problems[path] = sentence(error)
+                continue
+            derained = derain(net, rainy, args.win_size)
+            write_png(output, derained)
+            if targets:
+                scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
+                rows.append((str(output.relative_to(output_dir)), *scores))
+                if args.panel and len(panel) < PANEL_ROWS:
+                    panel.append((rainy, derained, clean))
+    if rows:
+        write_table(rows, output_dir / "psnr_ssim.csv")
+    if panel:
+        write_png(args.panel, contact_sheet(panel))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems.values())
+        sys.exit(f"error: {len(problems)} pictures were not derained, the others were:\n{listed}")
+
+
+if __name__ == "__main__":
+    main()

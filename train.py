@@ -1,0 +1,397 @@
+"""Trains NeRD-Rain by the published recipe.
+
+    python train.py --dataset Rain200L
+    torchrun --standalone --nproc_per_node 4 train.py --dataset Rain200L --batch_size 4
+
+The same command continues an interrupted run. Everything of a run lies in <model_save_dir>/<mode>/models/<session>/:
+model_latest.pth, model_best.pth, log.jsonl (a line per epoch), runs.jsonl (what was started) and TensorBoard files.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from warmup_scheduler import GradualWarmupScheduler
+
+import model
+from dataset_RGB import (
+    DATASETS,
+    EpochSampler,
+    TrainingPatches,
+    ValidationPatches,
+    find_pairs,
+    hold_out,
+    quiet_worker,
+)
+from evaluations.metrics import psnr
+from losses import DerainLoss
+from utils.checkpoint import build_network, load_checkpoint, network_name, options_of, save_checkpoint
+from utils.devices import largest_over_processes, start_processes, sum_over_processes
+from utils.errors import UserError, reports_errors
+from utils.run_log import RunLog, describe
+
+NETWORKS = ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet")
+WARMUP_EPOCHS = 3
+MIN_LR = 1e-6
+LOG_STEPS = 100  # steps between two TensorBoard points of the losses
+SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
+PANELS = 4  # validation pictures shown in TensorBoard
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="takes folders, epochs, network, patch, batch and session from a preset")
+    add("--train_dir", default="Datasets/Rain200L/train", help="folder of input/ and target/, or see --clean_half")
+    add("--val_dir", default="Datasets/Rain200L/test", help="the same for validation, which chooses model_best.pth")
+    add(
+        "--hold_out",
+        type=float,
+        metavar="FRACTION",
+        help="validate on this part of the training scenes, not on val_dir",
+    )
+    add(
+        "--clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean"
+    )
+    add("--model", choices=NETWORKS, help="network (default: that of --pretrain_weights, otherwise nerd_rain)")
+    add("--pretrain_weights", help="checkpoint whose weights training starts from")
+    add("--model_save_dir", default="checkpoints", help="where checkpoints go")
+    add("--mode", default="Deraininig", help="part of the checkpoints' path, spelt as in the published code")
+    add("--session", default="Multiscale", help="name of this run, part of the checkpoints' path")
+    add("--num_epochs", type=int, default=3000)
+    add("--batch_size", type=int, default=1, help="pictures per batch, over all processes together")
+    add("--patch_size", type=int, default=256, help="side of the square training patches, a multiple of 16")
+    add("--val_epochs", type=int, default=1, help="epochs between two validations")
+    add("--lr", type=float, default=1e-4, help="learning rate after the warm-up")
+    add("--seed", type=int, default=1234)
+    add("--num_workers", type=int, default=min(4, os.cpu_count()), help="data-loading processes")
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per optimizer step")
+    add("--clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    add("--ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
+    preset = parser.parse_known_args(argv)[0].dataset
+    if preset:
+        recipe, folder = DATASETS[preset], Path("Datasets", preset)
+        shared = {name: getattr(recipe, name) for name in ("model", "num_epochs", "patch_size", "batch_size")}
+        parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset, **shared)
+    args = parser.parse_args(argv)
+    for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.patch_size % model.MULTIPLE:
+        parser.error(f"--patch_size must be a multiple of {model.MULTIPLE}")
+    if args.hold_out is not None and not 0 < args.hold_out < 1:
+        parser.error("--hold_out must lie between 0 and 1")
+    return args
+
+
+def find_data(args):
+    """-> training pairs, validation pairs."""
+    if args.dataset and not Path(args.train_dir).is_dir():
+        recipe = DATASETS[args.dataset]
+        raise UserError(
+            f"{args.train_dir} does not exist. {args.dataset} has {recipe.train_pairs} training and "
+            f"{recipe.test_pairs} test pairs. Download it from {recipe.url} (code {recipe.code}) into\n"
+            f"  Datasets/{args.dataset}/train/input   Datasets/{args.dataset}/train/target\n"
+            f"  Datasets/{args.dataset}/test/input    Datasets/{args.dataset}/test/target\n"
+            "with rainy pictures in input/ and clean ones of the same names in target/. Datasets/README.md says more. "
+            "To try training without a download: bash train.sh demo"
+        )
+    pairs = find_pairs(args.train_dir, args.clean_half)
+    if args.hold_out:
+        return hold_out(pairs, args.hold_out, args.seed)
+    return pairs, find_pairs(args.val_dir, args.clean_half)
+
+
+def make_network(args, latest):
+    """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
+    source = latest if latest.exists() else args.pretrain_weights
+    if not source:
+        return getattr(model, args.model or "nerd_rain")()
+    weights = load_checkpoint(source)["state_dict"]
+    if args.model:
+        with torch.device("meta"):
+            wanted = network_name(options_of(getattr(model, args.model)().state_dict(), args.model))
+        found = network_name(options_of(weights, source))
+        if found != wanted:
+            raise UserError(
+                f"{source} holds {found}, but --model asks for {wanted}: choose another --session or --model."
+            )
+    return build_network(weights, source)[0]
+
+
+def make_schedule(optimizer, num_epochs, epochs_done):
+    """Linear warm-up, then a cosine, stepped once after each epoch. As published: the first epoch runs at rate 0."""
+    cosine = CosineAnnealingLR(optimizer, max(1, num_epochs - WARMUP_EPOCHS), eta_min=MIN_LR)
+    schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=cosine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer step came before: those were taken in an earlier session
+        for _ in range(epochs_done):  # the recursion gives the same rates only if it is repeated from the start
+            schedule.step()
+    return schedule
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Trainer:
+    """A training run: its network, its optimizer, its data and how far it has come."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device, self.rank, self.world = start_processes()
+        if args.batch_size % self.world:
+            raise UserError(
+                f"--batch_size {args.batch_size} cannot be shared by {self.world} processes: choose a multiple."
+            )
+        self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
+        self.latest, self.best = self.folder / "model_latest.pth", self.folder / "model_best.pth"
+        self.interruption = Interruption()
+        torch.manual_seed(args.seed)
+
+        train_pairs, val_pairs = find_data(args)
+        self.train_set = TrainingPatches(train_pairs, args.patch_size, args.seed)
+        self.val_set = ValidationPatches(val_pairs, args.patch_size)
+        self.sampler = EpochSampler(self.train_set, self.world, self.rank, seed=args.seed)
+        self.local_batch = args.batch_size // self.world
+        self.steps_per_epoch = math.ceil(len(self.sampler) / self.local_batch)
+        self.train_loader = self.make_loader(self.train_set, batch_size=self.local_batch, sampler=self.sampler)
+        self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
+
+        self.net = make_network(args, self.latest).to(self.device, memory_format=torch.channels_last)
+        self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+        self.loss = DerainLoss().to(self.device)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr)
+        self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
+        self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of their losses
+        self.best_psnr, self.best_epoch = -math.inf, 0
+        checkpoint = load_checkpoint(self.latest) if self.latest.exists() else {}
+        self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0))
+        if checkpoint:
+            self.restore(checkpoint)
+
+        parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
+        self.without_sync = parallel.no_sync if self.world > 1 else contextlib.nullcontext
+        self.forward = torch.compile(parallel) if args.compile else parallel
+        self.log = None
+        if self.rank == 0:
+            description = describe(vars(args), self.device, self.world)
+            self.log = RunLog(self.folder, description, self.epoch, self.steps_done())
+            print(
+                f"{network_name(options_of(self.net.state_dict(), self.latest))} on {description['device']}, "
+                f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
+                f"{len(self.val_set)} validation pairs, {args.num_epochs} epochs -> {self.folder}"
+            )
+            if checkpoint:
+                print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
+
+    def make_loader(self, dataset, **options):
+        workers = self.args.num_workers
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=quiet_worker,
+            **options,
+        )
+
+    def steps_done(self):
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def restore(self, checkpoint):
+        """Takes up everything that a checkpoint holds; a published one lacks what is read with a default."""
+        self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
+        self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
+        if self.step:
+            self.sums = checkpoint["sums"].to(self.device) / self.world
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate  # the schedule's, in case --num_epochs or --lr was changed
+        if self.ema:
+            self.ema.module.load_state_dict(checkpoint.get("ema", checkpoint["state_dict"]))
+            self.ema.n_averaged.fill_(1)
+        if "random_state" in checkpoint:
+            torch.set_rng_state(checkpoint["random_state"])
+
+    def save(self, *paths):
+        sums = sum_over_processes(self.sums)
+        for path in paths if self.rank == 0 else ():
+            save_checkpoint(
+                path,
+                epoch=self.epoch,
+                step=self.step,
+                state_dict=self.net.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                best_psnr=self.best_psnr,
+                best_epoch=self.best_epoch,
+                sums=sums,
+                random_state=torch.get_rng_state(),
+                **({"ema": self.ema.module.state_dict()} if self.ema else {}),
+            )
+
+    def run(self):
+        while self.epoch < self.args.num_epochs:
+            line = self.train_epoch()
+            if self.epoch % self.args.val_epochs == 0 or self.epoch == self.args.num_epochs:
+                line["val_psnr"] = self.validate()
+            self.finish_epoch(line)
+        if self.rank == 0:
+            print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
+
+    def train_epoch(self):
+        """Trains to the end of the epoch -> its line for the log."""
+        args, start, first_step = self.args, time.time(), self.step
+        self.net.train()
+        self.sampler.set_epoch(self.epoch)
+        self.sampler.skip = self.step * self.local_batch
+        recent = torch.zeros_like(self.sums)
+        bar = tqdm(
+            desc=f"epoch {self.epoch + 1}/{args.num_epochs}",
+            total=len(self.sampler) * self.world,
+            initial=self.step * args.batch_size,
+            unit="picture",
+            disable=None if self.rank == 0 else True,
+        )
+        with bar:
+            for batch in self.train_loader:
+                self.step += 1
+                values = self.train_step(batch)
+                self.sums += values
+                recent += values
+                bar.update(len(batch["name"]) * self.world)
+                bar.set_postfix(loss=f"{values[-1]:.4f}", refresh=False)
+                if self.log and self.step % LOG_STEPS == 0:
+                    self.log.losses(dict(zip(self.loss.terms, (recent / LOG_STEPS).tolist())), self.steps_done())
+                    recent.zero_()
+                if self.step < self.steps_per_epoch and self.step % args.accumulate == 0:
+                    self.end_if_asked()
+                    if self.step % (SAVE_STEPS * args.accumulate) == 0:
+                        self.save(self.latest)
+        seconds = time.time() - start
+        means = sum_over_processes(self.sums) / self.world / self.steps_per_epoch
+        line = {
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **dict(zip(self.loss.terms, means.tolist())),
+            "pictures_per_second": round((self.steps_per_epoch - first_step) * args.batch_size / seconds, 2),
+            "seconds": round(seconds, 1),
+        }
+        self.schedule.step()
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums.zero_()
+        return line
+
+    def train_step(self, batch):
+        """Adds a batch's gradients and, where a group of --accumulate batches is full, takes an optimizer step
+        -> the loss terms, float64."""
+        args = self.args
+        done = (self.step - 1) // args.accumulate * args.accumulate  # batches before this group
+        group = min(args.accumulate, self.steps_per_epoch - done)
+        update = self.step == done + group
+        rainy = batch["input"].to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        clean = batch["target"].to(self.device, non_blocking=True)
+        with contextlib.nullcontext() if update else self.without_sync():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+                outputs = self.forward(rainy)
+            losses = self.loss(outputs, clean)
+            values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
+            self.stop_if_not_finite(values, batch["name"])
+            (losses["total"] / group).backward()
+        if update:
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), args.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema:
+                self.ema.update_parameters(self.net)
+        return values
+
+    def stop_if_not_finite(self, values, names):
+        finite = bool(values.isfinite().all())
+        if largest_over_processes(not finite, self.device):
+            pictures = "".join(f"\n  {name}" for name in names) if not finite else " of another process"
+            raise UserError(
+                f"the loss is no longer finite in epoch {self.epoch + 1}, step {self.step}; {self.latest} was left as "
+                f"it was. Look at the pictures of this batch, or go on with --clip_grad 1 or a lower --lr:{pictures}"
+            )
+
+    def end_if_asked(self):
+        """Saves and ends the process after Ctrl-C or SIGTERM."""
+        number = int(largest_over_processes(self.interruption.signal, self.device))
+        if number:
+            self.save(self.latest)
+            if self.rank == 0:
+                print(f"\nstopped; all is saved in {self.latest}. The same command goes on from here.")
+            sys.exit(128 + number)
+
+    @torch.inference_mode()
+    def validate(self):
+        """-> mean RGB PSNR in dB of the full-size results, clamped to [0, 1], over all validation patches."""
+        net = self.ema.module if self.ema else self.net
+        net.eval()
+        total, panels = 0.0, []
+        for batch in self.val_loader:
+            rainy = batch["input"].to(self.device, memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                result = net(rainy)[0]
+            result = result.float().clamp(0, 1).cpu()
+            total += psnr(((result - batch["target"]) ** 2).mean().item(), peak=1)
+            if len(panels) < PANELS:
+                panels.append([batch["input"][0], result[0], batch["target"][0]])
+        if self.log:
+            self.log.panels(panels, self.steps_done())
+        return sum_over_processes(torch.tensor(total, device=self.device)).item() / len(self.val_set)
+
+    def finish_epoch(self, line):
+        """Logs an epoch, saves, and ends if that was asked for."""
+        improved = line.get("val_psnr", -math.inf) > self.best_psnr
+        if improved:
+            self.best_psnr, self.best_epoch = line["val_psnr"], self.epoch
+        if self.log:
+            self.log.epoch(line, self.steps_done())
+            print(", ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
+        self.save(*([self.best, self.latest] if improved else [self.latest]))
+        self.end_if_asked()
+
+
+@reports_errors
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        Trainer(args).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small for this: choose a smaller --patch_size, or a smaller --batch_size with "
+            "--accumulate, or --bf16."
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

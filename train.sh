@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains on one data set:  bash train.sh [Rain200L|Rain200H|DID-Data|DDN-Data|SPA-Data|demo] [options of train.py]
+# On several GPUs:         GPUS=4 bash train.sh Rain200L --batch_size 4
+set -euo pipefail
+cd "$(dirname "$0")"
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then
+    PATH="$PWD/.venv/bin:$PATH" # what `make demo` and `make test` installed
+fi
+dataset=${1:-Rain200L}
+if [ "${GPUS:-1}" -gt 1 ]; then
+    exec torchrun --standalone --nproc_per_node "$GPUS" train.py --dataset "$dataset" "${@:2}"
+fi
+exec python train.py --dataset "$dataset" "${@:2}"

@@ -1,0 +1,63 @@
+"""The record of a training run, beside its checkpoints: what was started, a line per epoch, TensorBoard."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+
+def describe(arguments, device, processes):
+    """What is about to run -> dict."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    gpu = device.type == "cuda"
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": sys.argv,
+        "arguments": arguments,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU with {torch.get_num_threads()} threads",
+        "processes": processes,
+    }
+
+
+class RunLog:
+    """Writes runs.jsonl (a line per start), log.jsonl (a line per epoch) and TensorBoard files into a folder.
+
+    A run that goes on after `epochs_done` epochs and `steps_done` steps drops what was logged beyond them.
+    """
+
+    def __init__(self, folder, description, epochs_done, steps_done):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        self.path.write_text("".join(lines[:epochs_done]))
+        with open(folder / "runs.jsonl", "a") as file:
+            file.write(json.dumps(description) + "\n")
+        self.board = SummaryWriter(folder, purge_step=steps_done)
+
+    def epoch(self, line, step):
+        """Logs an epoch: `line` maps names to numbers."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name in ("lr", "val_psnr", "pictures_per_second"):
+            if name in line:
+                self.board.add_scalar(name, line[name], step)
+
+    def losses(self, terms, step):
+        for name, value in terms.items():
+            self.board.add_scalar(f"loss/{name}", value, step)
+
+    def panels(self, rows, step):
+        """Shows pictures, each row a list of 3×H×W tensors in [0, 1] of one size."""
+        self.board.add_image(
+            "rainy, derained, clean", make_grid([picture for row in rows for picture in row], nrow=len(rows[0])), step
+        )
