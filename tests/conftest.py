@@ -1,0 +1,42 @@
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from model import MultiscaleNet
+from utils.images import write_png
+
+
+@pytest.fixture(scope="session")
+def narrow_weights(tmp_path_factory):
+    """A checkpoint of a narrow network, which the scripts recognise like any other and run quickly."""
+    torch.manual_seed(0)
+    net = MultiscaleNet(dim=8, num_blocks=(1, 1, 1))
+    path = tmp_path_factory.mktemp("weights") / "narrow.pth"
+    torch.save({"epoch": 1, "state_dict": net.state_dict()}, path)
+    return path
+
+
+def make_pairs(root, count=6, size=(40, 48), seed=0):
+    """Writes `count` random pairs to root/input and root/target."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        clean = rng.integers(0, 200, (*size, 3), dtype=np.uint8)
+        write_png(root / "target" / f"{number}.png", clean)
+        write_png(root / "input" / f"{number}.png", clean + rng.integers(0, 55, clean.shape, dtype=np.uint8))
+    return root
+
+
+@pytest.fixture
+def pairs_folder(tmp_path):
+    return make_pairs(tmp_path / "pairs")
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """train.py takes over Ctrl-C and SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+import model
+from model import MultiscaleNet
+from tests.golden import NETWORKS, golden_weights
+from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.errors import UserError
+
+NAMES = dict(zip(NETWORKS, ("NeRD-Rain", "NeRD-Rain-S", "NeRD-Rain-MPRNet")))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_is_recognised_from_a_released_checkpoint(tmp_path, name, prefix):
+    weights = golden_weights(name)
+    released = {"epoch": 5, "state_dict": {prefix + k: t for k, t in weights.items()}, "optimizer": {"state": {}}}
+    torch.save(released, tmp_path / "released.pth")
+    net, found = load_network(tmp_path / "released.pth")
+    assert found == NAMES[name]
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in net.state_dict().items())
+    getattr(model, name)().load_state_dict(net.state_dict(), strict=True)
+
+
+def test_other_sizes_bare_state_dicts_and_half_precision_are_recognised(tmp_path):
+    net = MultiscaleNet(dim=8, num_blocks=(1, 2, 1), heads=(1, 2, 2))
+    torch.save({key: tensor.half() for key, tensor in net.state_dict().items()}, tmp_path / "half.pth")
+    loaded, _ = load_network(tmp_path / "half.pth")
+    x = torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x)[0], net(x)[0], rtol=0, atol=5e-3)
+
+
+def test_averaged_weights_are_preferred(tmp_path):
+    torch.manual_seed(0)
+    raw, averaged = (MultiscaleNet(dim=8, num_blocks=(1, 1, 1)).state_dict() for _ in range(2))
+    save_checkpoint(tmp_path / "both.pth", epoch=1, state_dict=raw, ema=averaged)
+    net, _ = load_network(tmp_path / "both.pth")
+    assert torch.equal(net.output_max.weight, averaged["output_max.weight"])
+
+
+def test_a_recognised_mprnet_form_still_shares_its_slope(tmp_path):
+    torch.save({"state_dict": golden_weights("nerd_rain_mprnet")}, tmp_path / "mprnet.pth")
+    net, _ = load_network(tmp_path / "mprnet.pth")
+    assert len(list(net.parameters())) == 330
+
+
+def narrow_state():
+    return MultiscaleNet(dim=8, num_blocks=(1, 1, 1)).state_dict()
+
+
+def changed(state, **tensors):
+    return {**state, **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (["a", "list"], "expected a dict .* found list"),
+        ({"model": {"a": 1}}, "expected a dict .* found"),
+        ({"state_dict": {}}, "expected a dict"),
+        ({"state_dict": {"conv.weight": torch.zeros(1)}}, "expected names such as .* found conv.weight"),
+        (changed(narrow_state(), output_max__weight=torch.zeros(3, 9, 3, 3)), r"output_max.weight: expected \(3, 8, 3"),
+        (changed(narrow_state(), extra=torch.zeros(2)), r"extra: expected nothing, found \(2,\)"),
+        (changed(narrow_state(), patch_embed_small__proj__weight=torch.zeros(16, 3, 3, 3)), "does not fit .* found"),
+    ],
+)
+def test_files_that_do_not_fit_say_what_was_expected_and_found(tmp_path, content, expected):
+    torch.save(content, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match=expected) as caught:
+        load_network(tmp_path / "wrong.pth")
+    assert "wrong.pth" in str(caught.value)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match=r"hostile.pth cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "hostile.pth")
+    assert "code was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_truncated_checkpoints_are_named(tmp_path, kept):
+    torch.save({"state_dict": narrow_state()}, tmp_path / "cut.pth")
+    data = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match=r"cut.pth cannot be read"):
+        load_network(tmp_path / "cut.pth")
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none.pth does not exist"):
+        load_network(tmp_path / "none.pth")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
+    save_checkpoint(tmp_path / "model.pth", epoch=1)
+    with pytest.raises(AttributeError):
+        save_checkpoint(tmp_path / "model.pth", epoch=2, unpicklable=lambda: None)
+    assert load_epoch(tmp_path / "model.pth") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def load_epoch(path):
+    return torch.load(path, weights_only=True)["epoch"]

@@ -1,0 +1,84 @@
+import math
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from evaluations.metrics import PROTOCOLS, downsample, luma, psnr_ssim, ssim
+from tests.golden import METRICS, generator
+
+TOLERANCE = {"rain200": (2e-6, 2e-7), "did": (1e-9, 1e-9)}
+
+
+def enlarge(grid, height, width):
+    """Bilinear with corners aligned."""
+    for axis, size in ((0, height), (1, width)):
+        position = np.linspace(0, grid.shape[axis] - 1, size)
+        lower = np.minimum(position.astype(int), grid.shape[axis] - 2)
+        weight = np.expand_dims(position - lower, tuple(i for i in range(3) if i != axis))
+        grid = grid.take(lower, axis) * (1 - weight) + grid.take(lower + 1, axis) * weight
+    return grid
+
+
+def reference_pictures(size):
+    """-> result and target of the reference numbers, H×W×3 uint8."""
+    height, width = map(int, size.split("x"))
+    shape = max(2, height // 16), max(2, width // 16), 3
+    base = generator(f"metric{size}/base").random_sample(shape).astype(np.float32).astype(float)
+    noise = generator(f"metric{size}/noise").random_sample((height, width, 3)).astype(np.float32).astype(float)
+    target = enlarge(base, height, width)
+    return [np.floor(255 * np.clip(p, 0, 1) + 0.5).astype(np.uint8) for p in (target + (noise - 0.5) * 0.15, target)]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("size", METRICS)
+def test_metrics_are_those_of_the_matlab_scripts(size, protocol):
+    decibels, similarity = psnr_ssim(*reference_pictures(size), protocol)
+    expected, (psnr_tolerance, ssim_tolerance) = METRICS[size][protocol], TOLERANCE[protocol]
+    assert decibels == pytest.approx(expected["psnr"], rel=0, abs=psnr_tolerance)
+    assert similarity == pytest.approx(expected["ssim"], rel=0, abs=ssim_tolerance)
+
+
+def test_scikit_image_agrees_where_its_definition_does():
+    x, y = reference_pictures("64x48")
+    x_luma, y_luma = luma(x, rounded=True), luma(y, rounded=True)
+    assert psnr_ssim(x, y, "rain200")[0] == pytest.approx(peak_signal_noise_ratio(y_luma, x_luma, data_range=255))
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    _, full = structural_similarity(x_luma, y_luma, full=True, **options)
+    assert ssim(x_luma, y_luma) == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_identical_pictures_are_perfect(protocol):
+    x = reference_pictures("64x48")[0]
+    assert psnr_ssim(x, x.copy(), protocol) == (math.inf, pytest.approx(1, abs=1e-12))
+
+
+@pytest.mark.parametrize("side, factor", [(255, 1), (383, 1), (384, 2), (639, 2), (640, 3)])
+def test_downsampling_starts_half_way_between_multiples_of_256(side, factor):
+    image = np.random.default_rng(0).random((side, side + 40)) * 255
+    small = downsample(image)
+    assert small.shape == (math.ceil(side / factor), math.ceil((side + 40) / factor))
+    first = (factor - 1) // 2  # pixel (factor, factor) of the filtered picture averages the window around it
+    window = image[factor - first : 2 * factor - first, factor - first : 2 * factor - first]
+    assert small[1, 1] == pytest.approx(window.mean())
+
+
+def test_luma_is_studio_swing():
+    extremes = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
+    assert luma(extremes, rounded=True).tolist() == [[16, 235]]
+
+
+def test_pictures_without_room_for_a_window_have_no_ssim():
+    x = np.zeros((10, 30, 3), np.uint8)
+    assert math.isnan(psnr_ssim(x, x + 1, "rain200")[1])
+
+
+def test_wrong_arguments_are_refused():
+    x = np.zeros((20, 20, 3), np.uint8)
+    with pytest.raises(ValueError, match="one size"):
+        psnr_ssim(x, x[1:], "did")
+    with pytest.raises(ValueError, match="uint8"):
+        psnr_ssim(x, x / 255, "did")
+    with pytest.raises(ValueError, match="protocol"):
+        psnr_ssim(x, x, "y")

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from losses import DerainLoss, EdgeDistance, Pyramid
+from model import INR, MultiscaleNet
+from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network, golden_weights
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_names_shapes_order_and_parameters_are_the_published_ones(name):
+    net = getattr(model, name)()
+    expected = NUMBERS[name]
+    shapes = {key: list(tensor.shape) for key, tensor in net.state_dict().items()}
+    assert list(shapes.items()) == list(expected["state_dict"].items())
+    assert sum(parameter.numel() for parameter in net.parameters()) == expected["parameters"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_seed_1234_gives_the_published_initial_weights(name):
+    torch.manual_seed(1234)
+    net = getattr(model, name)()
+    sums = {k: (t.double().abs().sum().item(), t.double().sum().item()) for k, t in net.state_dict().items()}
+    for key, expected in NUMBERS["initial_weights_seed_1234"][name].items():
+        assert sums[key] == pytest.approx(tuple(expected), rel=1e-12, abs=1e-9), key
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_are_the_published_ones(name, memory_format):
+    net = golden_network(name).to(memory_format=memory_format)
+    shapes = {key.split("/")[1] for key in ARRAYS if key.startswith(f"{name}/") and key.endswith("output0")}
+    assert shapes
+    for shape in shapes:
+        batch, *size = map(int, shape.split("x"))
+        with torch.inference_mode():
+            outputs = net(golden_input(f"input{shape}", batch, 3, *size).to(memory_format=memory_format))
+        assert len(outputs) == 7
+        for number, output in enumerate(outputs):
+            np.testing.assert_allclose(output, ARRAYS[f"{name}/{shape}/output{number}"], rtol=0, atol=5e-6)
+
+
+@torch.inference_mode()
+def test_parts_give_the_published_outputs():
+    net = golden_network("nerd_rain_s")
+    results = {
+        "INR": net.INR(golden_input("inr_features", 2, 32, 12, 20) - 0.5),
+        "BF1": net.BF1(golden_input("fusion_a", 1, 128, 6, 10) - 0.5, golden_input("fusion_b", 1, 128, 6, 10) - 0.5),
+        "encoder_level2_small.0": net.encoder_level2_small[0](golden_input("block", 1, 64, 10, 14) - 0.5),
+    }
+    for name, result in results.items():
+        np.testing.assert_allclose(result, ARRAYS[f"nerd_rain_s/{name}/output"], rtol=0, atol=2e-6, err_msg=name)
+
+
+@torch.inference_mode()
+def test_inr_head_equals_the_published_formulation():
+    """Unfold, append relative coordinates and cells, ask the MLP four times, average."""
+    torch.manual_seed(0)
+    head = INR(dim=8)
+    features = torch.randn(2, 8, 10, 14)
+    neighbourhoods = F.unfold(features, 3, padding=1).transpose(1, 2)  # B×hw×9·dim
+    coordinates = neighbourhoods.new_zeros(*neighbourhoods.shape[:2], 18)
+    cells = neighbourhoods.new_full((*neighbourhoods.shape[:2], 2), 2.0)
+    answers = [head.imnet(torch.cat([neighbourhoods, coordinates, cells], dim=2)) for _ in range(4)]
+    expected = (sum(answers) / 4).transpose(1, 2).reshape(2, 3, 10, 14)
+    torch.testing.assert_close(head(features), expected, rtol=0, atol=1e-6)
+
+
+def test_pass_3_of_the_max_scale_reduces_with_the_layer_of_pass_2():
+    net, x = MultiscaleNet(dim=8, num_blocks=(1, 1, 1)), torch.rand(1, 3, 32, 32)
+    DerainLoss()(net(x), x)["total"].backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == ["reduce_chan_level1_max3.weight"]
+    with torch.no_grad():
+        before = net(x)[0]
+        net.reduce_chan_level1_max3.weight.add_(1)
+        assert torch.equal(net(x)[0], before)
+        net.reduce_chan_level1_max2.weight.add_(1)
+        assert not torch.allclose(net(x)[0], before)
+
+
+def test_mprnet_form_has_one_slope_for_all_blocks():
+    net = model.nerd_rain_mprnet()
+    slopes = {id(m.weight) for m in net.modules() if isinstance(m, torch.nn.PReLU)}
+    assert len(slopes) == 1 and len(list(net.parameters())) == 330
+
+
+@pytest.mark.parametrize("heads", [(1, 2, 4), None])
+def test_nothing_names_a_device(heads):
+    """The meta device has no data: any tensor made elsewhere in a forward pass would clash with it."""
+    net = MultiscaleNet(dim=8, num_blocks=(1, 1, 1), heads=heads).to("meta")
+    x = torch.empty(1, 3, 32, 48, device="meta")
+    assert {output.device.type for output in net(x)} == {"meta"}
+    assert EdgeDistance().to("meta")(x, x).device.type == "meta"
+    assert Pyramid().to("meta")(x)[2].device.type == "meta"
+
+
+@pytest.mark.parametrize("size", [(40, 32), (32, 17)])
+def test_sizes_that_are_no_multiples_of_16_are_refused(size):
+    with pytest.raises(ValueError, match="multiples of 16, not"):
+        MultiscaleNet(dim=8)(torch.rand(1, 3, *size))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_gives_the_cpu_outputs():
+    net, x = golden_network("nerd_rain_s"), golden_input("input1x64x64", 1, 3, 64, 64)
+    previous = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            output = net.cuda()(x.cuda())[0].cpu()
+    finally:
+        torch.backends.cudnn.allow_tf32 = previous
+    np.testing.assert_allclose(output, ARRAYS["nerd_rain_s/1x64x64/output0"], rtol=0, atol=1e-4)

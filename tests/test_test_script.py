@@ -1,0 +1,191 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test as script
+from evaluations.metrics import psnr_ssim
+from tests.conftest import make_pairs
+from utils.checkpoint import load_network
+from utils.images import read_image, write_png
+from utils.inference import derain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder tree of three pictures."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "sub/c.bmp"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def run(tmp_path, narrow_weights, monkeypatch):
+    """Runs test.py on a source with a narrow network -> the names it wrote below out/."""
+
+    def run_script(source, *options):
+        out = tmp_path / "out"
+        common = ["--weights", str(narrow_weights), "--output_dir", str(out), "--win_size", "32"]
+        script.main(["--input_dir", *np.atleast_1d(source).astype(str), *common, *options])
+        return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+    return run_script
+
+
+def failure(run, *args):
+    with pytest.raises(SystemExit) as caught:
+        run(*args)
+    return str(caught.value.code)
+
+
+def test_a_tree_is_derained_under_its_names(run, photos, narrow_weights, tmp_path, capsys):
+    assert run(photos) == ["a.png", "b.png", "sub/c.png"]
+    net, _ = load_network(narrow_weights)
+    expected = derain(net, read_image(photos / "b.jpg"), window=32)
+    difference = np.abs(read_image(tmp_path / "out" / "b.png").astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert "a network of width 8" in capsys.readouterr().out
+
+
+def test_files_and_patterns_are_derained(run, photos):
+    assert run(photos / "b.jpg") == ["b.png"]
+    assert run([photos / "a.png", photos / "sub" / "c.bmp"]) == ["a.png", "b.png", "c.png"]
+    assert run(f"{photos}/*/*.bmp")[-1] == "sub/c.png"
+
+
+@pytest.mark.parametrize("source, expected", [("x/Rain200L/test/input", "Rain200L"), ("x/album", "album")])
+def test_results_go_to_a_folder_named_after_the_input(tmp_path, monkeypatch, source, expected):
+    monkeypatch.chdir(tmp_path)
+    write_png(tmp_path / source / "a.png", np.zeros((16, 16, 3), np.uint8))
+    assert script.default_output_dir(source) == Path("results", expected)
+    assert script.default_output_dir(f"{source}/*.png") == Path("results", expected)
+    assert script.default_output_dir(f"{source}/a.png") == Path("results")
+
+
+def test_psnr_and_ssim_are_printed_written_and_shown(run, tmp_path, capsys):
+    pairs = make_pairs(tmp_path / "pairs", count=2)
+    panel = tmp_path / "panel.png"
+    names = run(pairs / "input", "--target_dir", str(pairs / "target"), "--panel", str(panel))
+    assert names == ["0.png", "1.png", "psnr_ssim.csv"]
+    printed = capsys.readouterr().out
+    with open(tmp_path / "out" / "psnr_ssim.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows] == ["0.png", "1.png"]
+    for row in rows:
+        clean = read_image(pairs / "target" / row["picture"])
+        for column, folder in (("rainy", pairs / "input"), ("derained", tmp_path / "out")):
+            expected = psnr_ssim(read_image(folder / row["picture"]), clean, "rain200")
+            assert (float(row[f"psnr_{column}"]), float(row[f"ssim_{column}"])) == pytest.approx(expected)
+            assert f"{expected[0]:.2f}" in printed
+    mean = np.mean([float(row["psnr_derained"]) for row in rows])
+    assert f"{mean:.2f}" in printed and "2 pictures" in printed and "rain200" in printed
+    sheet = read_image(panel)
+    assert sheet.shape[1] > 3 * 48 and sheet.shape[0] > 2 * 40
+
+
+def test_two_named_files_are_a_pair(run, tmp_path, photos):
+    clean = tmp_path / "anything.png"
+    write_png(clean, read_image(photos / "a.png"))
+    assert run(photos / "a.png", "--target_dir", str(clean)) == ["a.png", "psnr_ssim.csv"]
+
+
+def test_one_bad_picture_does_not_lose_the_others(run, photos, tmp_path):
+    (photos / "a.png").write_bytes(b"broken")
+    message = failure(run, photos)
+    assert "1 pictures were not derained" in message and f"{photos / 'a.png'} cannot be read" in message
+    assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"b.png", "c.png"}
+
+
+def test_pictures_of_unequal_size_are_listed_and_the_others_measured(run, tmp_path, capsys):
+    pairs = make_pairs(tmp_path / "pairs", count=2)
+    write_png(pairs / "target" / "0.png", np.zeros((20, 20, 3), np.uint8))
+    message = failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
+    assert "0.png are not of one size" in message
+    assert "1 pictures; Y channel" in capsys.readouterr().out
+
+
+def test_pictures_without_a_clean_one_are_listed_before_anything_runs(run, tmp_path):
+    pairs = make_pairs(tmp_path / "pairs", count=2)
+    (pairs / "target" / "1.png").unlink()
+    assert "input/1.png has no clean picture" in failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_never_overwrite_the_input_or_each_other(run, photos, tmp_path, narrow_weights):
+    write_png(photos / "b.png", np.zeros((20, 20, 3), np.uint8))
+    message = failure(run, photos)
+    assert "b.png: rename one of them" in message
+    before = (photos / "a.png").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        script.main(
+            ["--input_dir", str(photos / "a.png"), "--output_dir", str(photos), "--weights", str(narrow_weights)]
+        )
+    assert "a.png would be overwritten" in str(caught.value.code)
+    assert (photos / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (300, 1), (17, 33)])
+def test_pictures_of_any_size(run, tmp_path, size):
+    write_png(tmp_path / "tiny.png", np.full((*size, 3), 77, np.uint8))
+    assert run(tmp_path / "tiny.png") == ["tiny.png"]
+    assert read_image(tmp_path / "out" / "tiny.png").shape == (*size, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "I;16"])
+def test_other_kinds_of_pictures_are_derained_and_mentioned(run, tmp_path, mode, caplog):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24), dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "odd.png")
+    with caplog.at_level("INFO"):
+        run(tmp_path / "odd.png")
+    assert "odd.png" in caplog.text and "converted to 8-bit RGB" in caplog.text
+    assert read_image(tmp_path / "out" / "odd.png").shape == (24, 24, 3)
+
+
+def test_wrong_sources_and_weights_are_named(run, photos, tmp_path, narrow_weights):
+    assert "nowhere does not exist" in failure(run, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no pictures" in failure(run, tmp_path / "empty")
+    assert "a.png cannot be read as a checkpoint" in failure(run, photos, "--weights", str(photos / "a.png"))
+    assert "multiple of 16" in failure(run, photos, "--win_size", "100")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed(run, photos, tmp_path):
+    assert "sees 0 GPUs here" in failure(run, photos, "--gpus", "0")
+    assert not (tmp_path / "out").exists()
+    assert run(photos / "a.png", "--gpus", "cpu") == ["a.png"]
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(photos, narrow_weights, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        script.main(
+            ["--input_dir", str(photos), "--weights", str(narrow_weights), "--output_dir", str(tmp_path / "file" / "x")]
+        )
+    assert "cannot be written" in str(caught.value.code) and "choose another folder" in str(caught.value.code)
+
+
+def test_a_full_disk_leaves_no_half_picture(photos, narrow_weights, tmp_path):
+    command = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); import runpy; "
+        "sys.argv[0] = 'test.py'; runpy.run_path('test.py', run_name='__main__')"
+    )
+    options = ["--input_dir", photos, "--weights", narrow_weights, "--output_dir", tmp_path / "out"]
+    run = subprocess.run([sys.executable, "-c", command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "a.png cannot be written" in run.stderr and "Traceback" not in run.stderr
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,302 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from dataset_RGB import DATASETS, find_pairs
+from tests.conftest import make_pairs
+from utils.checkpoint import load_checkpoint, load_network
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def options(pairs_folder, narrow_weights, tmp_path):
+    """Arguments of a run on six small pairs with a narrow network; it has three steps an epoch."""
+    return [
+        *("--train_dir", str(pairs_folder), "--val_dir", str(pairs_folder), "--model_save_dir", str(tmp_path / "runs")),
+        *("--pretrain_weights", str(narrow_weights), "--session", "a", "--patch_size", "32", "--batch_size", "2"),
+        *("--num_epochs", "3", "--num_workers", "0"),
+    ]
+
+
+def session(tmp_path, name="a"):
+    return tmp_path / "runs" / "Deraininig" / "models" / name
+
+
+def start(options, launcher=("train.py",)):
+    command = [sys.executable, *launcher, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def weights_of(folder):
+    return load_checkpoint(folder / "model_latest.pth")["state_dict"]
+
+
+def assert_equal_weights(folder, other):
+    first, second = weights_of(folder), weights_of(other)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_checkpoints_logs_and_a_record(options, tmp_path, narrow_weights):
+    train.main([*options, "--ema", "0.9"])
+    folder = session(tmp_path)
+    latest, best = (load_checkpoint(folder / f"model_{which}.pth") for which in ("latest", "best"))
+    lines = lines_of(folder)
+    assert latest["epoch"] == 3 and {"state_dict", "optimizer", "ema"} <= latest.keys()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["lr"] for line in lines] == pytest.approx([0, 1e-4 / 3, 2e-4 / 3])
+    assert best["best_psnr"] == max(line["val_psnr"] for line in lines)
+    assert best["epoch"] == next(line["epoch"] for line in lines if line["val_psnr"] == best["best_psnr"])
+    for line in lines:
+        weighted = line["charbonnier"] + 0.01 * line["fft"] + 0.05 * line["edge"] + 0.1 * line["l1"]
+        assert line["total"] == pytest.approx(weighted, rel=1e-5)
+    run = json.loads((folder / "runs.jsonl").read_text())
+    assert run["arguments"]["patch_size"] == 32 and run["torch"] == torch.__version__
+    assert {"commit", "device", "time", "command"} <= run.keys()
+    initial = load_checkpoint(narrow_weights)["state_dict"]
+    moved = {name for name, tensor in latest["state_dict"].items() if not torch.equal(tensor, initial[name])}
+    assert moved == initial.keys() - {"reduce_chan_level1_max3.weight"}
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"lr", "val_psnr", "pictures_per_second"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["images"] == ["rainy, derained, clean"]
+    assert load_network(folder / "model_best.pth")[1].startswith("a network of width 8")
+
+
+def test_training_lowers_the_loss(options, tmp_path):
+    train.main([*options, "--num_epochs", "12", "--lr", "1e-3", "--val_epochs", "12"])
+    lines = lines_of(session(tmp_path))
+    assert lines[-1]["total"] < 0.8 * lines[0]["total"]
+    assert [line["epoch"] for line in lines if "val_psnr" in line] == [12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(options, tmp_path, number):
+    options += ["--num_epochs", "40", "--val_epochs", "40"]
+    folder = session(tmp_path)
+    run = start([*options, "--num_workers", "1"])
+    while not (folder / "log.jsonl").exists() or len(lines_of(folder)) < 5:
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert run.returncode == -number
+    else:
+        assert run.returncode == 128 + number
+        assert "The same command goes on from here" in output and "Traceback" not in output
+    assert 4 <= load_checkpoint(folder / "model_latest.pth")["epoch"] < 40
+    train.main(options)
+    assert [line["epoch"] for line in lines_of(folder)] == list(range(1, 41))
+    train.main([*options, "--session", "b"])
+    assert_equal_weights(folder, session(tmp_path, "b"))
+    keys = ("lr", "charbonnier", "fft", "edge", "l1", "total")
+    for line, other in zip(lines_of(folder), lines_of(session(tmp_path, "b"))):
+        assert [line[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-9)
+
+
+def test_an_interruption_within_an_epoch_loses_no_step(options, tmp_path, monkeypatch, capsys):
+    finished = train.Trainer.train_step
+
+    def ask_after_step_4(trainer, batch):
+        values = finished(trainer, batch)
+        if trainer.epoch == 1 and trainer.step == 1:
+            trainer.interruption.ask(signal.SIGINT, None)
+        return values
+
+    monkeypatch.setattr(train.Trainer, "train_step", ask_after_step_4)
+    with pytest.raises(SystemExit) as caught:
+        train.main([*options, "--ema", "0.9"])
+    assert caught.value.code == 130
+    checkpoint = load_checkpoint(session(tmp_path) / "model_latest.pth")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)
+    monkeypatch.undo()
+    train.main([*options, "--ema", "0.9"])
+    assert "continues after epoch 1 and 1 of 3 steps" in capsys.readouterr().out
+    train.main([*options, "--ema", "0.9", "--session", "b"])
+    assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
+    a, b = (load_checkpoint(session(tmp_path, name) / "model_latest.pth")["ema"] for name in "ab")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    assert lines_of(session(tmp_path))[1]["total"] == pytest.approx(lines_of(session(tmp_path, "b"))[1]["total"])
+
+
+def test_a_finished_run_can_be_prolonged_and_is_not_repeated(options, tmp_path):
+    train.main(options)
+    before = (session(tmp_path) / "log.jsonl").read_text()
+    train.main(options)
+    assert (session(tmp_path) / "log.jsonl").read_text() == before
+    train.main([*options, "--num_epochs", "4"])
+    assert [line["epoch"] for line in lines_of(session(tmp_path))] == [1, 2, 3, 4]
+
+
+def test_accumulated_batches_take_the_steps_of_larger_ones(options, tmp_path):
+    train.main([*options, "--batch_size", "6"])
+    train.main([*options, "--batch_size", "1", "--accumulate", "6", "--session", "b"])
+    first, second = weights_of(session(tmp_path)), weights_of(session(tmp_path, "b"))
+    steps = {state["step"].item() for state in optimizer_states(tmp_path, "b")}
+    assert steps == {3}
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=2e-5)
+
+
+def optimizer_states(tmp_path, name):
+    return load_checkpoint(session(tmp_path, name) / "model_latest.pth")["optimizer"]["state"].values()
+
+
+def test_a_published_checkpoint_continues(options, tmp_path):
+    """Epoch, weights and optimizer of the published code: no more, and "module." before each name."""
+    train.main(options)
+    ours = load_checkpoint(session(tmp_path) / "model_latest.pth")
+    published = {"epoch": 3, "optimizer": ours["optimizer"]}
+    published["state_dict"] = {f"module.{name}": tensor for name, tensor in ours["state_dict"].items()}
+    session(tmp_path, "b").mkdir()
+    torch.save(published, session(tmp_path, "b") / "model_latest.pth")
+    for name in "ab":
+        train.main([*options, "--num_epochs", "5", "--session", name])
+    assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
+
+
+def test_two_processes_train_as_one(options, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
+    run = start([*options, "--session", "b"], launcher)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert "2 processes" in output
+    train.main(options)
+    first, second = weights_of(session(tmp_path)), weights_of(session(tmp_path, "b"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-5)
+    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b"))):
+        for key in ("total", "val_psnr"):
+            assert line[key] == pytest.approx(other[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("extra", [["--bf16"], ["--clip_grad", "0.01"], ["--hold_out", "0.3"]])
+def test_options_run(options, tmp_path, extra):
+    train.main([*options, *extra, "--num_epochs", "2"])
+    assert all(math.isfinite(line["total"]) for line in lines_of(session(tmp_path)))
+
+
+def test_compiled_training_gives_the_same_losses(options, tmp_path):
+    train.main([*options, "--num_epochs", "1"])
+    train.main([*options, "--num_epochs", "1", "--compile", "--session", "b"])
+    first, second = (lines_of(session(tmp_path, name))[0]["total"] for name in "ab")
+    assert first == pytest.approx(second, rel=1e-5)
+    assert weights_of(session(tmp_path, "b")).keys() == weights_of(session(tmp_path)).keys()
+
+
+def fails(options, capsys=None):
+    with pytest.raises(SystemExit) as caught:
+        train.main(options)
+    code = caught.value.code
+    return code if isinstance(code, str) else capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(options, tmp_path, pairs_folder):
+    train.main([*options, "--num_epochs", "2"])
+    before = (session(tmp_path) / "model_latest.pth").read_bytes()
+    message = fails([*options, "--num_epochs", "9", "--lr", "1e30"])
+    assert "no longer finite in epoch 3" in message and str(pairs_folder / "input") in message
+    assert (session(tmp_path) / "model_latest.pth").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path):
+    train.main([*options, "--num_epochs", "1"])
+    before = (session(tmp_path) / "model_latest.pth").read_bytes()
+    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
+    script = limit + "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    run = start([*options, "--num_epochs", "2"], launcher=("-c", script))
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "model_latest.pth cannot be written" in output or "model_best.pth cannot be written" in output
+    assert "free some space" in output and "Traceback" not in output
+    assert (session(tmp_path) / "model_latest.pth").read_bytes() == before
+    assert not list(session(tmp_path).glob(".*"))
+
+
+def test_a_broken_picture_is_named(options, pairs_folder):
+    (pairs_folder / "target" / "2.png").write_bytes(b"broken")
+    for workers in ("0", "1"):
+        message = fails([*options, "--num_workers", workers])
+        assert message.startswith(f"error: {pairs_folder / 'target' / '2.png'} cannot be read as a picture")
+
+
+def test_a_missing_data_set_says_what_to_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fails(["--dataset", "DDN-Data"])
+    for part in ("12600", "1400", "1g_m7RfSUJUtknlWugO1nrw", "ldzo", "Datasets/DDN-Data/train/input", "train.sh demo"):
+        assert part in message
+
+
+def test_train_sh_takes_the_name_of_the_data_set(tmp_path):
+    if (ROOT / "Datasets" / "Rain200L").exists():
+        pytest.skip("Rain200L is here: it would be trained on")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    run = subprocess.run(["bash", ROOT / "train.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and "Datasets/Rain200L/train does not exist" in run.stderr
+    run = subprocess.run(["bash", ROOT / "train.sh", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and "Rain200H" in run.stderr
+
+
+def test_presets_are_the_authors_and_can_be_overridden():
+    args = train.parse_args(["--dataset", "DID-Data", "--batch_size", "3"])
+    assert (args.num_epochs, args.patch_size, args.batch_size, args.model) == (200, 256, 3, "nerd_rain")
+    assert (args.train_dir, args.val_dir) == ("Datasets/DID-Data/train", "Datasets/DID-Data/test")
+    assert {name: DATASETS[name].num_epochs for name in DATASETS if name != "demo"} == {
+        "Rain200L": 600,
+        "Rain200H": 600,
+        "DID-Data": 200,
+        "DDN-Data": 200,
+        "SPA-Data": 10,
+    }
+    plain = train.parse_args([])
+    assert (plain.num_epochs, plain.patch_size, plain.batch_size, plain.mode) == (3000, 256, 1, "Deraininig")
+
+
+def test_the_demo_set_is_complete():
+    for split in ("train", "test"):
+        pairs = find_pairs(ROOT / "Datasets" / "demo" / split)
+        assert len(pairs) == {"train": DATASETS["demo"].train_pairs, "test": DATASETS["demo"].test_pairs}[split]
+    assert sum(path.stat().st_size for path in (ROOT / "Datasets" / "demo").rglob("*.*")) < 6e6
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (["--patch_size", "40"], "multiple of 16"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--hold_out", "1.5"], "between 0 and 1"),
+        (["--train_dir", "nowhere"], "nowhere/input does not exist"),
+        (["--pretrain_weights", "none.pth"], "none.pth does not exist"),
+        (["--model", "nerd_rain"], "narrow.pth holds a network of width 8"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_sentence(options, change, expected, capsys, tmp_path):
+    assert expected in fails([*options, *change], capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mismatch_is_refused_before_training(options, tmp_path, pairs_folder):
+    make_pairs(pairs_folder, count=7)
+    (pairs_folder / "target" / "6.png").unlink()
+    assert "input/6.png has no clean picture" in fails(options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_latest_checkpoint_is_named(options, tmp_path):
+    session(tmp_path).mkdir(parents=True)
+    (session(tmp_path) / "model_latest.pth").write_bytes(b"PK\x03\x04")
+    assert "model_latest.pth cannot be read as a checkpoint" in fails(options)
