@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import model
 from losses import DerainLoss, EdgeDistance, Pyramid
 from model import INR, MultiscaleNet
-from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network, golden_weights
+from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -247,7 +247,9 @@ def test_train_sh_takes_the_name_of_the_data_set(tmp_path):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
     run = subprocess.run(["bash", ROOT / "train.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1 and "Datasets/Rain200L/train does not exist" in run.stderr
-    run = subprocess.run(["bash", ROOT / "train.sh", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        ["bash", ROOT / "train.sh", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 2 and "Rain200H" in run.stderr
 
 
