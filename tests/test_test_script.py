@@ -144,11 +144,8 @@ def test_pictures_of_any_size(run, tmp_path, size):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "I;16"])
 def test_other_kinds_of_pictures_are_derained_and_mentioned(run, tmp_path, mode, caplog):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24), dtype=np.uint8))
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    image.save(tmp_path / "odd.png")
+    sixteen_bits = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    (sixteen_bits if mode == "I;16" else image.convert(mode)).save(tmp_path / "odd.png")
     with caplog.at_level("INFO"):
         run(tmp_path / "odd.png")
     assert "odd.png" in caplog.text and "converted to 8-bit RGB" in caplog.text
