@@ -49,6 +49,7 @@ class Recipe(NamedTuple):
     model: str = "nerd_rain"
     patch_size: int = 256
     batch_size: int = 1
+    lr: float = 1e-4
 
 
 BAIDU = "https://pan.baidu.com/s/"
@@ -58,7 +59,7 @@ DATASETS = {
     "DID-Data": Recipe(200, 12000, 1200, BAIDU + "1aPFJExxxTBOzJjngMAOQDA", "5luo"),
     "DDN-Data": Recipe(200, 12600, 1400, BAIDU + "1g_m7RfSUJUtknlWugO1nrw", "ldzo"),
     "SPA-Data": Recipe(10, 638492, 1000, BAIDU + "1YfxC5OvgYcQCffEttFz8Kg", "yjow"),
-    "demo": Recipe(24, 18, 4, model="nerd_rain_s", patch_size=64, batch_size=2),
+    "demo": Recipe(24, 18, 4, model="nerd_rain_s", patch_size=64, batch_size=2, lr=1e-3),
 }
 
 

@@ -48,6 +48,7 @@ MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 PANELS = 4  # validation pictures shown in TensorBoard
+warnings.filterwarnings("ignore", "To get the last learning rate")  # warmup-scheduler's own business
 
 
 def parse_args(argv=None):
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     preset = parser.parse_known_args(argv)[0].dataset
     if preset:
         recipe, folder = DATASETS[preset], Path("Datasets", preset)
-        shared = {name: getattr(recipe, name) for name in ("model", "num_epochs", "patch_size", "batch_size")}
+        shared = {name: getattr(recipe, name) for name in ("model", "num_epochs", "patch_size", "batch_size", "lr")}
         parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset, **shared)
     args = parser.parse_args(argv)
     for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate"):

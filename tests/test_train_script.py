@@ -79,33 +79,34 @@ def test_a_run_leaves_checkpoints_logs_and_a_record(options, tmp_path, narrow_we
 def test_training_lowers_the_loss(options, tmp_path):
     train.main([*options, "--num_epochs", "12", "--lr", "1e-3", "--val_epochs", "12"])
     lines = lines_of(session(tmp_path))
-    assert lines[-1]["total"] < 0.8 * lines[0]["total"]
+    assert lines[-1]["total"] < 0.9 * lines[0]["total"]
     assert [line["epoch"] for line in lines if "val_psnr" in line] == [12]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(options, tmp_path, number):
-    options += ["--num_epochs", "40", "--val_epochs", "40"]
-    folder = session(tmp_path)
-    run = start([*options, "--num_workers", "1"])
-    while not (folder / "log.jsonl").exists() or len(lines_of(folder)) < 5:
-        assert run.poll() is None, run.stdout.read()
-        time.sleep(0.02)
-    run.send_signal(number)
-    output, _ = run.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert run.returncode == -number
-    else:
-        assert run.returncode == 128 + number
-        assert "The same command goes on from here" in output and "Traceback" not in output
-    assert 4 <= load_checkpoint(folder / "model_latest.pth")["epoch"] < 40
+def test_interrupted_runs_end_with_the_weights_of_an_uninterrupted_one(options, tmp_path):
+    options += ["--num_epochs", "10", "--val_epochs", "10"]
     train.main(options)
-    assert [line["epoch"] for line in lines_of(folder)] == list(range(1, 41))
-    train.main([*options, "--session", "b"])
-    assert_equal_weights(folder, session(tmp_path, "b"))
-    keys = ("lr", "charbonnier", "fft", "edge", "l1", "total")
-    for line, other in zip(lines_of(folder), lines_of(session(tmp_path, "b"))):
-        assert [line[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-9)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        folder = session(tmp_path, number.name)
+        interrupted = [*options, "--session", number.name]
+        run = start([*interrupted, "--num_workers", "1"])
+        while not (folder / "log.jsonl").exists() or len(lines_of(folder)) < 3:
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.02)
+        run.send_signal(number)
+        output, _ = run.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert run.returncode == -number
+        else:
+            assert run.returncode == 128 + number
+            assert "The same command goes on from here" in output and "Traceback" not in output
+        assert 2 <= load_checkpoint(folder / "model_latest.pth")["epoch"] < 10
+        train.main(interrupted)
+        assert_equal_weights(folder, session(tmp_path))
+        assert len(lines_of(folder)) == 10
+        for line, other in zip(lines_of(folder), lines_of(session(tmp_path))):
+            for key in ("epoch", "lr", "charbonnier", "fft", "edge", "l1", "total"):
+                assert line[key] == pytest.approx(other[key], rel=1e-9)
 
 
 def test_an_interruption_within_an_epoch_loses_no_step(options, tmp_path, monkeypatch, capsys):
@@ -190,6 +191,7 @@ def test_options_run(options, tmp_path, extra):
     assert all(math.isfinite(line["total"]) for line in lines_of(session(tmp_path)))
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(options, tmp_path):
     train.main([*options, "--num_epochs", "1"])
     train.main([*options, "--num_epochs", "1", "--compile", "--session", "b"])
@@ -245,12 +247,10 @@ def test_train_sh_takes_the_name_of_the_data_set(tmp_path):
     if (ROOT / "Datasets" / "Rain200L").exists():
         pytest.skip("Rain200L is here: it would be trained on")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
-    run = subprocess.run(["bash", ROOT / "train.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1 and "Datasets/Rain200L/train does not exist" in run.stderr
-    run = subprocess.run(
-        ["bash", ROOT / "train.sh", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 2 and "Rain200H" in run.stderr
+    for name, code, message in (([], 1, "Datasets/Rain200L/train does not exist"), (["x"], 2, "Rain200H")):
+        command = ["bash", ROOT / "train.sh", *name]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == code and message in run.stderr
 
 
 def test_presets_are_the_authors_and_can_be_overridden():
