@@ -1,0 +1,34 @@
+# make demo       trains for a few minutes on Datasets/demo, then derains its test pictures into results/demo
+# make test       ruff and the test suite
+# make test-slow  the tests that take minutes each
+# Each installs what it needs into .venv first; VENV=path uses another environment, PYTHON=python3.12 another Python.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := checkpoints/Deraininig/models/demo
+
+.PHONY: demo test test-slow
+
+demo: $(VENV)/.requirements.txt
+	$(BIN)/python train.py --dataset demo
+	$(BIN)/python test.py --input_dir Datasets/demo/test/input --target_dir Datasets/demo/test/target \
+		--weights $(DEMO)/model_best.pth --output_dir results/demo --panel results/demo/panel.png
+	@echo "Look at results/demo/panel.png: rainy, derained, clean."
+
+test: $(VENV)/.requirements-dev.txt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.requirements-dev.txt
+	$(BIN)/python -m pytest -m slow
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%.txt: %.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
