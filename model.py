@@ -216,6 +216,7 @@ class MultiscaleNet(nn.Module):
 
     def __init__(self, dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4)):
         super().__init__()
+        self.options = {"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)}
         prelu = nn.PReLU() if heads is None else None  # a single slope, shared by the whole network
 
         def block(level):

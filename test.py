@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset_RGB import pair_by_name
 from evaluations.metrics import psnr_ssim
-from utils.checkpoint import load_network
+from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, reports_errors, sentence
 from utils.files import atomic_write
@@ -105,12 +105,12 @@ def main(argv=None):
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = choose_device(args.gpus)
-    net, name = load_network(args.weights)
+    net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
     output_dir = args.output_dir or default_output_dir(args.input_dir[0])
     outputs, problems = plan(args.input_dir, output_dir)
     targets = find_targets(args.input_dir, args.target_dir) if args.target_dir else {}
-    print(f"{name} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
+    print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
 
     rows, panel = [], []
     with logging_redirect_tqdm():

@@ -37,7 +37,7 @@ from dataset_RGB import (
 )
 from evaluations.metrics import psnr
 from losses import DerainLoss
-from utils.checkpoint import build_network, load_checkpoint, network_name, options_of, save_checkpoint
+from utils.checkpoint import build_network, load_checkpoint, network_name, save_checkpoint
 from utils.devices import largest_over_processes, start_processes, sum_over_processes
 from utils.errors import UserError, reports_errors
 from utils.run_log import RunLog, describe
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add(
         "--clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean"
     )
-    add("--model", choices=NETWORKS, help="network (default: that of --pretrain_weights, otherwise nerd_rain)")
+    add("--model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
     add("--pretrain_weights", help="checkpoint whose weights training starts from")
     add("--model_save_dir", default="checkpoints", help="where checkpoints go")
     add("--mode", default="Deraininig", help="part of the checkpoints' path, spelt as in the published code")
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     preset = parser.parse_known_args(argv)[0].dataset
     if preset:
         recipe, folder = DATASETS[preset], Path("Datasets", preset)
-        shared = {name: getattr(recipe, name) for name in ("model", "num_epochs", "patch_size", "batch_size", "lr")}
+        shared = {name: getattr(recipe, name) for name in ("num_epochs", "patch_size", "batch_size", "lr")}
         parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset, **shared)
     args = parser.parse_args(argv)
     for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate"):
@@ -123,17 +123,15 @@ def make_network(args, latest):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
     source = latest if latest.exists() else args.pretrain_weights
     if not source:
-        return getattr(model, args.model or "nerd_rain")()
-    weights = load_checkpoint(source)["state_dict"]
+        preset = DATASETS[args.dataset].model if args.dataset else "nerd_rain"
+        return getattr(model, args.model or preset)()
+    net = build_network(load_checkpoint(source)["state_dict"], source)
     if args.model:
         with torch.device("meta"):
-            wanted = network_name(options_of(getattr(model, args.model)().state_dict(), args.model))
-        found = network_name(options_of(weights, source))
-        if found != wanted:
-            raise UserError(
-                f"{source} holds {found}, but --model asks for {wanted}: choose another --session or --model."
-            )
-    return build_network(weights, source)[0]
+            wanted = network_name(getattr(model, args.model)())
+        if network_name(net) != wanted:
+            raise UserError(f"{source} holds {network_name(net)}, --model asks for {wanted}: change that or --session.")
+    return net
 
 
 def make_schedule(optimizer, num_epochs, epochs_done):
@@ -204,7 +202,7 @@ class Trainer:
             description = describe(vars(args), self.device, self.world)
             self.log = RunLog(self.folder, description, self.epoch, self.steps_done())
             print(
-                f"{network_name(options_of(self.net.state_dict(), self.latest))} on {description['device']}, "
+                f"{network_name(self.net)} on {description['device']}, "
                 f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
                 f"{len(self.val_set)} validation pairs, {args.num_epochs} epochs -> {self.folder}"
             )

@@ -50,7 +50,7 @@ def failure(run, *args):
 
 def test_a_tree_is_derained_under_its_names(run, photos, narrow_weights, tmp_path, capsys):
     assert run(photos) == ["a.png", "b.png", "sub/c.png"]
-    net, _ = load_network(narrow_weights)
+    net = load_network(narrow_weights)
     expected = derain(net, read_image(photos / "b.jpg"), window=32)
     difference = np.abs(read_image(tmp_path / "out" / "b.png").astype(int) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3

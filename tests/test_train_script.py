@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from dataset_RGB import DATASETS, find_pairs
 from tests.conftest import make_pairs
-from utils.checkpoint import load_checkpoint, load_network
+from utils.checkpoint import load_checkpoint, load_network, network_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +73,7 @@ def test_a_run_leaves_checkpoints_logs_and_a_record(options, tmp_path, narrow_we
     board = EventAccumulator(str(folder)).Reload()
     assert {"lr", "val_psnr", "pictures_per_second"} <= set(board.Tags()["scalars"])
     assert board.Tags()["images"] == ["rainy, derained, clean"]
-    assert load_network(folder / "model_best.pth")[1].startswith("a network of width 8")
+    assert network_name(load_network(folder / "model_best.pth")).startswith("a network of width 8")
 
 
 def test_training_lowers_the_loss(options, tmp_path):

@@ -67,18 +67,19 @@ def is_transformer(weights):
     return any(name.endswith("attn.temperature") for name in weights)
 
 
-def network_name(options):
-    return PUBLISHED.get(tuple(options.values()), "a network of width {dim}, blocks {num_blocks}".format(**options))
+def network_name(net):
+    return PUBLISHED.get(
+        tuple(net.options.values()), "a network of width {dim}, blocks {num_blocks}".format(**net.options)
+    )
 
 
 def build_network(weights, path):
-    """The network to which a state dict belongs, with these weights in float32 -> (network, its name).
+    """The network to which a state dict belongs, with these weights in float32.
 
     Raises UserError with the names and shapes that do not fit.
     """
-    options = options_of(weights, path)
     with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
-        net = MultiscaleNet(**options)
+        net = MultiscaleNet(**options_of(weights, path))
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
@@ -87,13 +88,13 @@ def build_network(weights, path):
             f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
             for name in wrong[:3]
         )
-        raise UserError(f"{path} does not fit {network_name(options)} in {len(wrong)} weights, such as {examples}.")
+        raise UserError(f"{path} does not fit {network_name(net)} in {len(wrong)} weights, such as {examples}.")
     net.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    return net, network_name(options)
+    return net
 
 
 def load_network(path):
-    """The network in a checkpoint, recognised from the file -> (network on the CPU, its name).
+    """The network in a checkpoint, on the CPU; which one it is (`network_name`) is recognised from the file.
 
     Averaged weights are preferred where the checkpoint has them.
     """
