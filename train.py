@@ -38,7 +38,7 @@ from dataset_RGB import (
 from evaluations.metrics import psnr
 from losses import DerainLoss
 from utils.checkpoint import build_network, load_checkpoint, network_name, save_checkpoint
-from utils.devices import largest_over_processes, start_processes, sum_over_processes
+from utils.devices import end_processes, largest_over_processes, start_processes, sum_over_processes
 from utils.errors import UserError, reports_errors
 from utils.run_log import RunLog, describe
 
@@ -52,39 +52,38 @@ warnings.filterwarnings("ignore", "To get the last learning rate")  # warmup-sch
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="takes folders, epochs, network, patch, batch and session from a preset")
-    add("--train_dir", default="Datasets/Rain200L/train", help="folder of input/ and target/, or see --clean_half")
-    add("--val_dir", default="Datasets/Rain200L/test", help="the same for validation, which chooses model_best.pth")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name, default=None, help="", **options):
+        if default:
+            help += " (default: %(default)s)"
+            options["type"] = type(default)
+        parser.add_argument(f"--{name}", default=default, help=help, **options)
+
     add(
-        "--hold_out",
-        type=float,
-        metavar="FRACTION",
-        help="validate on this part of the training scenes, not on val_dir",
+        "dataset", choices=DATASETS, help="preset of the folders, session, epochs, network, patch, batch and rate below"
     )
-    add(
-        "--clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean"
-    )
-    add("--model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
-    add("--pretrain_weights", help="checkpoint whose weights training starts from")
-    add("--model_save_dir", default="checkpoints", help="where checkpoints go")
-    add("--mode", default="Deraininig", help="part of the checkpoints' path, spelt as in the published code")
-    add("--session", default="Multiscale", help="name of this run, part of the checkpoints' path")
-    add("--num_epochs", type=int, default=3000)
-    add("--batch_size", type=int, default=1, help="pictures per batch, over all processes together")
-    add("--patch_size", type=int, default=256, help="side of the square training patches, a multiple of 16")
-    add("--val_epochs", type=int, default=1, help="epochs between two validations")
-    add("--lr", type=float, default=1e-4, help="learning rate after the warm-up")
-    add("--seed", type=int, default=1234)
-    add("--num_workers", type=int, default=min(4, os.cpu_count()), help="data-loading processes")
-    add("--bf16", action="store_true", help="bfloat16 autocast")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--accumulate", type=int, default=1, metavar="N", help="batches per optimizer step")
-    add("--clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
-    add("--ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
+    add("train_dir", "Datasets/Rain200L/train", "folder of input/ and target/, or see --clean_half")
+    add("val_dir", "Datasets/Rain200L/test", "the same for validation, which chooses model_best.pth")
+    add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
+    add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
+    add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
+    add("pretrain_weights", help="checkpoint whose weights training starts from")
+    add("model_save_dir", "checkpoints", "where checkpoints go")
+    add("mode", "Deraininig", "part of the checkpoints' path, spelt as in the published code")
+    add("session", "Multiscale", "name of this run, part of the checkpoints' path")
+    add("num_epochs", 3000, "epochs of the whole run")
+    add("batch_size", 1, "pictures per batch, over all processes together")
+    add("patch_size", 256, "side of the square training patches, a multiple of 16")
+    add("val_epochs", 1, "epochs between two validations")
+    add("lr", 1e-4, "learning rate after the warm-up")
+    add("seed", 1234, "of the initial weights, the order and the augmentation")
+    add("num_workers", min(4, os.cpu_count()), "data-loading processes, each for training and for validation")
+    add("bf16", False, "bfloat16 autocast", action="store_true")
+    add("compile", False, "torch.compile", action="store_true")
+    add("accumulate", 1, "batches per optimizer step", metavar="N")
+    add("clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
+    add("ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
     preset = parser.parse_known_args(argv)[0].dataset
     if preset:
         recipe, folder = DATASETS[preset], Path("Datasets", preset)
@@ -146,7 +145,7 @@ def make_schedule(optimizer, num_epochs, epochs_done):
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+    """Ctrl-C and SIGTERM ask the run to save and end; one more, seconds later, ends it at once."""
 
     def __init__(self):
         self.signal = 0
@@ -154,8 +153,10 @@ class Interruption:
             signal.signal(number, self.ask)
 
     def ask(self, number, _):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > 2:  # torchrun may pass one signal on twice
+            raise KeyboardInterrupt
 
 
 class Trainer:
@@ -385,6 +386,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         Trainer(args).run()
+        end_processes()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small for this: choose a smaller --patch_size, or a smaller --batch_size with "

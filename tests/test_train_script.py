@@ -275,6 +275,11 @@ def test_the_demo_set_is_complete():
     assert sum(path.stat().st_size for path in (ROOT / "Datasets" / "demo").rglob("*.*")) < 6e6
 
 
+def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file/Deraininig" in fails([*options, "--model_save_dir", str(tmp_path / "file")])
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [

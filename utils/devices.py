@@ -37,6 +37,12 @@ def start_processes():
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def end_processes():
+    """Leaves the processes that start_processes joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_processes(tensor):
     """-> the sum of a tensor over all processes, on each of them."""
     if not dist.is_initialized():

@@ -14,7 +14,7 @@ def sentence(error):
 
 
 def reports_errors(main):
-    """Makes a script's main function end with a sentence and exit status 1 on a UserError."""
+    """Makes a script's main function end with a sentence and exit status 1 on a UserError or a failing disk."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -22,6 +22,8 @@ def reports_errors(main):
             return main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"error: {sentence(error)}")
+        except OSError as error:
+            sys.exit(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}).")
         except KeyboardInterrupt:
             print("interrupted: what was finished is kept.", file=sys.stderr)
             sys.exit(130)
