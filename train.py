@@ -226,7 +226,9 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Takes up everything that a checkpoint holds; a published one lacks what is read with a default."""
-        self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            raise UserError(f"{self.latest} holds weights only: move it away and name it with --pretrain_weights.")
+        self.epoch, self.step = checkpoint["epoch"], checkpoint.get("pictures", 0) // self.args.batch_size
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
         if self.step:
             self.sums = checkpoint["sums"].to(self.device) / self.world
@@ -246,7 +248,7 @@ class Trainer:
             save_checkpoint(
                 path,
                 epoch=self.epoch,
-                step=self.step,
+                pictures=self.step * self.args.batch_size,  # used of the next epoch
                 state_dict=self.net.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 best_psnr=self.best_psnr,

@@ -123,7 +123,7 @@ def test_an_interruption_within_an_epoch_loses_no_step(options, tmp_path, monkey
         train.main([*options, "--ema", "0.9"])
     assert caught.value.code == 130
     checkpoint = load_checkpoint(session(tmp_path) / "model_latest.pth")
-    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 1)
+    assert (checkpoint["epoch"], checkpoint["pictures"]) == (1, 2)
     monkeypatch.undo()
     train.main([*options, "--ema", "0.9"])
     assert "continues after epoch 1 and 1 of 3 steps" in capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_train_sh_takes_the_name_of_the_data_set(tmp_path):
 
 def test_presets_are_the_authors_and_can_be_overridden():
     args = train.parse_args(["--dataset", "DID-Data", "--batch_size", "3"])
-    assert (args.num_epochs, args.patch_size, args.batch_size, args.model) == (200, 256, 3, "nerd_rain")
+    assert (args.num_epochs, args.patch_size, args.batch_size, args.lr) == (200, 256, 3, 1e-4)
     assert (args.train_dir, args.val_dir) == ("Datasets/DID-Data/train", "Datasets/DID-Data/test")
     assert {name: DATASETS[name].num_epochs for name in DATASETS if name != "demo"} == {
         "Rain200L": 600,
@@ -301,6 +301,12 @@ def test_a_mismatch_is_refused_before_training(options, tmp_path, pairs_folder):
     (pairs_folder / "target" / "6.png").unlink()
     assert "input/6.png has no clean picture" in fails(options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_bare_weights_in_place_of_a_checkpoint_are_refused(options, tmp_path, narrow_weights):
+    session(tmp_path).mkdir(parents=True)
+    torch.save(load_checkpoint(narrow_weights)["state_dict"], session(tmp_path) / "model_latest.pth")
+    assert "holds weights only" in fails(options)
 
 
 def test_a_truncated_latest_checkpoint_is_named(options, tmp_path):
