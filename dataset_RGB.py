@@ -59,7 +59,7 @@ DATASETS = {
     "DID-Data": Recipe(200, 12000, 1200, BAIDU + "1aPFJExxxTBOzJjngMAOQDA", "5luo"),
     "DDN-Data": Recipe(200, 12600, 1400, BAIDU + "1g_m7RfSUJUtknlWugO1nrw", "ldzo"),
     "SPA-Data": Recipe(10, 638492, 1000, BAIDU + "1YfxC5OvgYcQCffEttFz8Kg", "yjow"),
-    "demo": Recipe(24, 18, 4, model="nerd_rain_s", patch_size=64, batch_size=2, lr=1e-3),
+    "demo": Recipe(30, 18, 4, model="nerd_rain_s", patch_size=64, lr=5e-4),
 }
 
 

@@ -32,23 +32,23 @@ def rain_layer(height, width, rng):
     """One depth of rain as blurred noise -> H×W float32 opacity in [0, 1].
 
     Drawn from the NumPy generator `rng`: direction within ±35° of the vertical, length 9–45 pixels, width 0.4–1.1
-    (standard deviation), density 0.2–1.5 % of the pixels start a streak, opacity 0.3–0.8.
+    (standard deviation), density 0.1–0.8 % of the pixels start a streak, opacity 0.3–0.8.
     """
     angle, length = rng.uniform(-35, 35), rng.uniform(9, 45)
     kernel = streak_kernel(length, rng.uniform(0.4, 1.1), angle)
-    density, opacity = rng.uniform(0.002, 0.015), rng.uniform(0.3, 0.8)
+    density, opacity = rng.uniform(0.001, 0.008), rng.uniform(0.3, 0.8)
     drops = (rng.random((height, width)) < density) * rng.uniform(0.3, 1, (height, width))
     streaks = cv2.filter2D(drops.astype(np.float32), -1, kernel, borderType=cv2.BORDER_REFLECT)
     return np.clip(opacity * streaks / kernel.max(), 0, 1)
 
 
 def add_rain(clean, rng):
-    """H×W×3 uint8 -> the same picture in rain, likewise: one to three layers of streaks, screen-blended.
+    """H×W×3 uint8 -> the same picture in rain, likewise: one or two layers of streaks, screen-blended.
 
     `rng` is a NumPy generator; the same state gives the same rain.
     """
     through = np.ones(clean.shape[:2], np.float32)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
         through *= 1 - 0.9 * rain_layer(*clean.shape[:2], rng)
     bright = rng.uniform(0.75, 0.95)  # streaks are a little darker than white
     rainy = clean * through[..., None] + np.maximum(clean, 255 * bright) * (1 - through[..., None])
