@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -48,7 +48,7 @@ MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 PANELS = 4  # validation pictures shown in TensorBoard
-warnings.filterwarnings("ignore", "To get the last learning rate")  # warmup-scheduler's own business
+warnings.filterwarnings("ignore", "To get the last learning rate")  # how warmup-scheduler asks for it
 
 
 def parse_args(argv=None):
@@ -134,12 +134,22 @@ def make_network(args, latest):
 
 
 def make_schedule(optimizer, num_epochs, epochs_done):
-    """Linear warm-up, then a cosine, stepped once after each epoch. As published: the first epoch runs at rate 0."""
-    cosine = CosineAnnealingLR(optimizer, max(1, num_epochs - WARMUP_EPOCHS), eta_min=MIN_LR)
-    schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=cosine)
+    """Linear warm-up, then a cosine down to MIN_LR, stepped once after each epoch. As published, the first epoch runs at
+    rate 0, and the cosine is divided by its second value: the rate is --lr in epochs 4 and 6, and above it in epoch 5.
+
+    The published code gets this from CosineAnnealingLR, whose rates differ between PyTorch releases.
+    """
+    half_period = max(2, num_epochs - WARMUP_EPOCHS)
+
+    def cosine(epoch):
+        low = MIN_LR / optimizer.param_groups[0]["initial_lr"]
+        return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer step came before: those were taken in an earlier session
-        for _ in range(epochs_done):  # the recursion gives the same rates only if it is repeated from the start
+        warnings.simplefilter("ignore")  # steps without an optimizer step in between: those were taken before
+        after = LambdaLR(optimizer, cosine)
+        schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=after)
+        for _ in range(epochs_done):
             schedule.step()
     return schedule
 

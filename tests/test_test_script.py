@@ -177,10 +177,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(photos, narrow_weights, t
 
 
 def test_a_full_disk_leaves_no_half_picture(photos, narrow_weights, tmp_path):
-    command = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); import runpy; "
-        "sys.argv[0] = 'test.py'; runpy.run_path('test.py', run_name='__main__')"
-    )
+    command = "import resource, test; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); test.main()"
     options = ["--input_dir", photos, "--weights", narrow_weights, "--output_dir", tmp_path / "out"]
     run = subprocess.run([sys.executable, "-c", command, *options], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1

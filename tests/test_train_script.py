@@ -218,8 +218,8 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(opti
 def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path):
     train.main([*options, "--num_epochs", "1"])
     before = (session(tmp_path) / "model_latest.pth").read_bytes()
-    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
-    script = limit + "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    limit = len(before) // 2
+    script = f"import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); train.main()"
     run = start([*options, "--num_epochs", "2"], launcher=("-c", script))
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
