@@ -134,8 +134,8 @@ def make_network(args, latest):
 
 
 def make_schedule(optimizer, num_epochs, epochs_done):
-    """Linear warm-up, then a cosine down to MIN_LR, stepped once after each epoch. As published, the first epoch runs at
-    rate 0, and the cosine is divided by its second value: the rate is --lr in epochs 4 and 6, and above it in epoch 5.
+    """Linear warm-up, then a cosine down to MIN_LR, stepped once after each epoch. As published, the first epoch runs
+    at rate 0, and the cosine is divided by its second value: the rate is --lr in epochs 4 and 6, above it in epoch 5.
 
     The published code gets this from CosineAnnealingLR, whose rates differ between PyTorch releases.
     """
