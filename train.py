@@ -395,15 +395,8 @@ class Trainer:
 
 @reports_errors
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        Trainer(args).run()
-        end_processes()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU's memory is too small for this: choose a smaller --patch_size, or a smaller --batch_size with "
-            "--accumulate, or --bf16."
-        ) from error
+    Trainer(parse_args(argv)).run()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import functools
 import sys
 
+import torch
+
 
 class UserError(Exception):
     """Something is wrong with what the user gave; the message names it and says what to do."""
@@ -14,7 +16,7 @@ def sentence(error):
 
 
 def reports_errors(main):
-    """Makes a script's main function end with a sentence and exit status 1 on a UserError or a failing disk."""
+    """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -24,6 +26,8 @@ def reports_errors(main):
             sys.exit(f"error: {sentence(error)}")
         except OSError as error:
             sys.exit(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}).")
+        except torch.OutOfMemoryError:
+            sys.exit("error: the GPU's memory is too small for this: choose a smaller patch, batch or window.")
         except KeyboardInterrupt:
             print("interrupted: what was finished is kept.", file=sys.stderr)
             sys.exit(130)
