@@ -8,6 +8,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := checkpoints/Deraininig/models/demo
 
+.DELETE_ON_ERROR:
 .PHONY: demo test test-slow
 
 demo: $(VENV)/.requirements.txt

@@ -70,31 +70,27 @@ def target_names(stem):
     return [stem, re.sub(r"_\d+$", "", stem), re.sub(r"x2$", "", stem), re.sub(r"^rain", "norain", stem)]
 
 
-def pair_by_name(inputs, targets, input_root, target_root, spare_targets=False):
-    """Pairs paths by their names below two roots, whatever their endings -> list of Pair, in the order of `inputs`.
-
-    Raises UserError that lists the pictures without a partner; with `spare_targets` clean ones may be left over.
-    """
-    by_name = defaultdict(list)
-    for path in targets:
-        by_name[path.relative_to(target_root).with_suffix("")].append(path)
-    problems = [f"{' and '.join(map(str, same))} have one name" for same in by_name.values() if len(same) > 1]
-    pairs = []
+def match_by_name(inputs, targets, input_root, target_root):
+    """Pairs paths by their names below two roots, whatever their endings -> list of Pair in the order of `inputs`, list
+    of sentences about what cannot be paired. Clean pictures may be left over."""
+    rainy, clean = defaultdict(list), defaultdict(list)
     for path in inputs:
-        folder = path.relative_to(input_root).parent
-        names = [folder / name for name in target_names(path.stem) if folder / name in by_name]
-        if names:
-            pairs.append(Pair(path, by_name[names[0]][0]))
+        rainy[path.relative_to(input_root).with_suffix("")].append(path)
+    for path in targets:
+        clean[path.relative_to(target_root).with_suffix("")].append(path)
+    pairs, problems = [], []
+    for paths in (*rainy.values(), *clean.values()):
+        if len(paths) > 1:
+            problems.append(f"{' and '.join(map(str, paths))} have one name")
+    for name, paths in rainy.items():
+        candidates = [name.parent / candidate for candidate in target_names(name.name)]
+        # A picture that another rainy one is named after is not the clean one of this, too.
+        fitting = [c for c in candidates if c in clean and (c == name or c not in rainy)]
+        if fitting:
+            pairs += [Pair(path, clean[fitting[0]][0]) for path in paths]
         else:
-            problems.append(f"{path} has no clean picture in {target_root}")
-    if not spare_targets:
-        used = {pair.target for pair in pairs}
-        problems += [f"{path} has no rainy picture in {input_root}" for path in targets if path not in used]
-    if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:20])
-        raise UserError(f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed}{more}")
-    return pairs
+            problems += [f"{path} has no clean picture in {target_root}" for path in paths]
+    return pairs, problems
 
 
 def find_pairs(root, clean_half=None):
@@ -116,7 +112,14 @@ def find_pairs(root, clean_half=None):
                 f"{folder} does not exist: put rainy pictures in {folders[0]}, clean ones in {folders[1]}.{hint}"
             )
     inputs, targets = (find_pictures(folder)[0] for folder in folders)
-    return pair_by_name(inputs, targets, *folders)
+    pairs, problems = match_by_name(inputs, targets, *folders)
+    used = {pair.target for pair in pairs}
+    problems += [f"{path} has no rainy picture in {folders[0]}" for path in targets if path not in used]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed}{more}")
+    return pairs
 
 
 def hold_out(pairs, fraction, seed):

@@ -1,10 +1,11 @@
 """Derains pictures: a file, a folder, a folder tree or a pattern.
 
-python test.py --input_dir Datasets/Rain200L/test/input --weights checkpoints/model_best.pth
+python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
 """
 
 import argparse
 import csv
+import errno
 import io
 import logging
 import sys
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataset_RGB import pair_by_name
+from dataset_RGB import match_by_name
 from evaluations.metrics import psnr_ssim
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
@@ -26,6 +27,7 @@ from utils.inference import derain
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")
 
 
@@ -55,36 +57,31 @@ def default_output_dir(source):
     goes to results/."""
     if Path(source).is_file():
         return Path("results")
-    names = [part for part in find_pictures(source)[1].resolve().parts if part not in ("test", "train", "input")]
-    return Path("results", names[-1])
+    parts = find_pictures(source)[1].resolve().parts[1:]
+    return Path("results", *[part for part in parts if part not in ("test", "train", "input")][-1:])
 
 
-def plan(sources, output_dir):
-    """-> dicts of input path -> result path, and of input path -> why it cannot be done."""
+def plan(found, output_dir, kept):
+    """What to derain: `found` lists (paths, root), `kept` the pictures that no result may overwrite
+    -> dicts of input path -> result path, and of input path -> why it cannot be done."""
     inputs, problems = {}, {}  # inputs: result path -> input path
-    for source in sources:
-        paths, root = find_pictures(source)
+    kept = {path.resolve() for path in kept}
+    for paths, root in found:
         for path in paths:
             output = (output_dir / path.relative_to(root)).with_suffix(".png")
-            if output.resolve() == path.resolve():
-                problems[path] = f"{path} would be overwritten by its result: choose another --output_dir."
-            elif output in inputs:
+            if output.resolve() in kept:
+                problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
+            elif inputs.setdefault(output, path) != path:
                 problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."
-            else:
-                inputs[output] = path
     return {path: output for output, path in inputs.items()}, problems
 
 
-def find_targets(sources, target_dir):
-    """-> dict of input path -> clean picture's path."""
-    targets, target_root = find_pictures(target_dir)
-    found = {}
-    for source in sources:
-        paths, root = find_pictures(source)
-        if Path(source).is_file() and Path(target_dir).is_file():
-            return {paths[0]: targets[0]}  # two pictures named one by one belong together whatever their names
-        found |= {p.input: p.target for p in pair_by_name(paths, targets, root, target_root, spare_targets=True)}
-    return found
+def find_targets(found, targets, target_root):
+    """-> dict of input path -> clean picture's path, and a list of what has no clean picture."""
+    if len(targets) == 1 and sum(len(paths) for paths, _ in found) == 1:
+        return {found[0][0][0]: targets[0]}, []  # two pictures belong together whatever their names
+    results = [match_by_name(paths, targets, root, target_root) for paths, root in found]
+    return {p.input: p.target for pairs, _ in results for p in pairs}, [line for _, lines in results for line in lines]
 
 
 def write_table(rows, path):
@@ -100,6 +97,11 @@ def write_table(rows, path):
         text.detach()
 
 
+def disk_failed(error):
+    """Whether a UserError comes from a disk that takes no further picture either."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_ERRORS
+
+
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
@@ -108,8 +110,11 @@ def main(argv=None):
     net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
     output_dir = args.output_dir or default_output_dir(args.input_dir[0])
-    outputs, problems = plan(args.input_dir, output_dir)
-    targets = find_targets(args.input_dir, args.target_dir) if args.target_dir else {}
+    found = [find_pictures(source) for source in args.input_dir]
+    clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
+    inputs = [path for paths, _ in found for path in paths]
+    outputs, problems = plan(found, output_dir, kept=[*inputs, *clean_paths])
+    targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
     print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
 
     rows, panel = [], []
@@ -117,26 +122,27 @@ def main(argv=None):
         for path, output in tqdm(outputs.items(), unit="picture", disable=None):
             try:
                 rainy = read_image(path)
-                clean = read_image(targets[path]) if targets else None
-                if targets and clean.shape != rainy.shape:
-                    raise UserError(f"{path} and {targets[path]} are not of one size: replace or remove this pair.")
+                derained = derain(net, rainy, args.win_size)
+                write_png(output, derained)
+                if path in targets:
+                    clean = read_image(targets[path])
+                    if clean.shape != rainy.shape:
+                        raise UserError(f"{path} and {targets[path]} are not of one size: it was not measured.")
+                    scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
+                    rows.append((str(output.relative_to(output_dir)), *scores))
+                    if args.panel and len(panel) < PANEL_ROWS:
+                        panel.append((rainy, derained, clean))
             except UserError as error:
+                if disk_failed(error):
+                    raise
                 problems[path] = sentence(error)
-                continue
-            derained = derain(net, rainy, args.win_size)
-            write_png(output, derained)
-            if targets:
-                scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
-                rows.append((str(output.relative_to(output_dir)), *scores))
-                if args.panel and len(panel) < PANEL_ROWS:
-                    panel.append((rainy, derained, clean))
     if rows:
         write_table(rows, output_dir / "psnr_ssim.csv")
     if panel:
         write_png(args.panel, contact_sheet(panel))
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems.values())
-        sys.exit(f"error: {len(problems)} pictures were not derained, the others were:\n{listed}")
+    if problems or unpaired:
+        listed = "".join(f"\n  {problem}" for problem in [*problems.values(), *unpaired])
+        sys.exit(f"error: all is done but for {len(problems) + len(unpaired)} pictures:{listed}")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,15 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be at least 1")
     if args.patch_size % model.MULTIPLE:
         parser.error(f"--patch_size must be a multiple of {model.MULTIPLE}")
-    if args.hold_out is not None and not 0 < args.hold_out < 1:
-        parser.error("--hold_out must lie between 0 and 1")
+    for name in ("hold_out", "ema"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
+            parser.error(f"--{name} must lie between 0 and 1")
+    for name in ("lr", "clip_grad"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be above 0")
+    for name in ("seed", "num_workers"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be at least 0")
     return args
 
 
@@ -104,6 +111,10 @@ def find_data(args):
     """-> training pairs, validation pairs."""
     if args.dataset and not Path(args.train_dir).is_dir():
         recipe = DATASETS[args.dataset]
+        if not recipe.url:
+            raise UserError(
+                f"{args.train_dir} does not exist: it is part of this repository, git checkout brings it back."
+            )
         raise UserError(
             f"{args.train_dir} does not exist. {args.dataset} has {recipe.train_pairs} training and "
             f"{recipe.test_pairs} test pairs. Download it from {recipe.url} (code {recipe.code}) into\n"
@@ -118,13 +129,13 @@ def find_data(args):
     return pairs, find_pairs(args.val_dir, args.clean_half)
 
 
-def make_network(args, latest):
+def make_network(args, latest, checkpoint):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
-    source = latest if latest.exists() else args.pretrain_weights
+    source = latest if checkpoint else args.pretrain_weights
     if not source:
         preset = DATASETS[args.dataset].model if args.dataset else "nerd_rain"
         return getattr(model, args.model or preset)()
-    net = build_network(load_checkpoint(source)["state_dict"], source)
+    net = build_network((checkpoint or load_checkpoint(source))["state_dict"], source)
     if args.model:
         with torch.device("meta"):
             wanted = network_name(getattr(model, args.model)())
@@ -139,10 +150,9 @@ def make_schedule(optimizer, num_epochs, epochs_done):
 
     The published code gets this from CosineAnnealingLR, whose rates differ between PyTorch releases.
     """
-    half_period = max(2, num_epochs - WARMUP_EPOCHS)
+    half_period, low = max(2, num_epochs - WARMUP_EPOCHS), MIN_LR / optimizer.defaults["lr"]
 
     def cosine(epoch):
-        low = MIN_LR / optimizer.param_groups[0]["initial_lr"]
         return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
 
     with warnings.catch_warnings():
@@ -165,6 +175,7 @@ class Interruption:
     def ask(self, number, _):
         if not self.signal:
             self.signal, self.time = number, time.monotonic()
+            print("stopping after this step …", file=sys.stderr)
         elif time.monotonic() - self.time > 2:  # torchrun may pass one signal on twice
             raise KeyboardInterrupt
 
@@ -193,14 +204,14 @@ class Trainer:
         self.train_loader = self.make_loader(self.train_set, batch_size=self.local_batch, sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
 
-        self.net = make_network(args, self.latest).to(self.device, memory_format=torch.channels_last)
+        checkpoint = load_checkpoint(self.latest) if self.latest.exists() else {}
+        self.net = make_network(args, self.latest, checkpoint).to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.loss = DerainLoss().to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr)
         self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
         self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of their losses
         self.best_psnr, self.best_epoch = -math.inf, 0
-        checkpoint = load_checkpoint(self.latest) if self.latest.exists() else {}
         self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0))
         if checkpoint:
             self.restore(checkpoint)
@@ -243,7 +254,12 @@ class Trainer:
         if self.step:
             self.sums = checkpoint["sums"].to(self.device) / self.world
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.latest} holds no optimizer state of this network ({error}): move it away."
+            ) from error
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate  # the schedule's, in case --num_epochs or --lr was changed
         if self.ema:
@@ -253,12 +269,17 @@ class Trainer:
             torch.set_rng_state(checkpoint["random_state"])
 
     def save(self, *paths):
+        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
+            raise UserError(
+                f"the weights are no longer finite in epoch {self.epoch + 1}; {self.latest} was left as it was. "
+                "Go on with --clip_grad 1 or a lower --lr."
+            )
         sums = sum_over_processes(self.sums)
         for path in paths if self.rank == 0 else ():
             save_checkpoint(
                 path,
                 epoch=self.epoch,
-                pictures=self.step * self.args.batch_size,  # used of the next epoch
+                pictures=self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
                 state_dict=self.net.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 best_psnr=self.best_psnr,
@@ -271,7 +292,8 @@ class Trainer:
     def run(self):
         while self.epoch < self.args.num_epochs:
             line = self.train_epoch()
-            if self.epoch % self.args.val_epochs == 0 or self.epoch == self.args.num_epochs:
+            if line["epoch"] % self.args.val_epochs == 0 or line["epoch"] == self.args.num_epochs:
+                self.save(self.latest)
                 line["val_psnr"] = self.validate()
             self.finish_epoch(line)
         if self.rank == 0:
@@ -279,15 +301,16 @@ class Trainer:
 
     def train_epoch(self):
         """Trains to the end of the epoch -> its line for the log."""
-        args, start, first_step = self.args, time.time(), self.step
+        args, start, total = self.args, time.time(), len(self.sampler) * self.world
+        first, first_step = min(self.step * args.batch_size, total), self.step
         self.net.train()
         self.sampler.set_epoch(self.epoch)
         self.sampler.skip = self.step * self.local_batch
         recent = torch.zeros_like(self.sums)
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{args.num_epochs}",
-            total=len(self.sampler) * self.world,
-            initial=self.step * args.batch_size,
+            total=total,
+            initial=first,
             unit="picture",
             disable=None if self.rank == 0 else True,
         )
@@ -295,30 +318,27 @@ class Trainer:
             for batch in self.train_loader:
                 self.step += 1
                 values = self.train_step(batch)
-                self.sums += values
+                self.sums += values * len(batch["name"])
                 recent += values
                 bar.update(len(batch["name"]) * self.world)
                 bar.set_postfix(loss=f"{values[-1]:.4f}", refresh=False)
                 if self.log and self.step % LOG_STEPS == 0:
-                    self.log.losses(dict(zip(self.loss.terms, (recent / LOG_STEPS).tolist())), self.steps_done())
+                    means = recent / min(LOG_STEPS, self.step - first_step)
+                    self.log.losses(dict(zip(self.loss.terms, means.tolist())), self.steps_done())
                     recent.zero_()
-                if self.step < self.steps_per_epoch and self.step % args.accumulate == 0:
+                if self.step % args.accumulate == 0 or self.step == self.steps_per_epoch:
                     self.end_if_asked()
                     if self.step % (SAVE_STEPS * args.accumulate) == 0:
                         self.save(self.latest)
         seconds = time.time() - start
-        means = sum_over_processes(self.sums) / self.world / self.steps_per_epoch
-        line = {
+        means = sum_over_processes(self.sums) / total
+        return {
             "epoch": self.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
             **dict(zip(self.loss.terms, means.tolist())),
-            "pictures_per_second": round((self.steps_per_epoch - first_step) * args.batch_size / seconds, 2),
+            "pictures_per_second": round((total - first) / seconds, 2),
             "seconds": round(seconds, 1),
         }
-        self.schedule.step()
-        self.epoch, self.step = self.epoch + 1, 0
-        self.sums.zero_()
-        return line
 
     def train_step(self, batch):
         """Adds a batch's gradients and, where a group of --accumulate batches is full, takes an optimizer step
@@ -359,6 +379,7 @@ class Trainer:
         number = int(largest_over_processes(self.interruption.signal, self.device))
         if number:
             self.save(self.latest)
+            end_processes()
             if self.rank == 0:
                 print(f"\nstopped; all is saved in {self.latest}. The same command goes on from here.")
             sys.exit(128 + number)
@@ -370,6 +391,8 @@ class Trainer:
         net.eval()
         total, panels = 0.0, []
         for batch in self.val_loader:
+            if self.interruption.signal:
+                break
             rainy = batch["input"].to(self.device, memory_format=torch.channels_last)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 result = net(rainy)[0]
@@ -377,12 +400,16 @@ class Trainer:
             total += psnr(((result - batch["target"]) ** 2).mean().item(), peak=1)
             if len(panels) < PANELS:
                 panels.append([batch["input"][0], result[0], batch["target"][0]])
+        self.end_if_asked()
         if self.log:
             self.log.panels(panels, self.steps_done())
         return sum_over_processes(torch.tensor(total, device=self.device)).item() / len(self.val_set)
 
     def finish_epoch(self, line):
         """Logs an epoch, saves, and ends if that was asked for."""
+        self.schedule.step()
+        self.epoch, self.step = self.epoch + 1, 0
+        self.sums.zero_()
         improved = line.get("val_psnr", -math.inf) > self.best_psnr
         if improved:
             self.best_psnr, self.best_epoch = line["val_psnr"], self.epoch

@@ -6,8 +6,12 @@ cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then
     PATH="$PWD/.venv/bin:$PATH" # what `make demo` and `make test` installed
 fi
-dataset=${1:-Rain200L}
-if [ "${GPUS:-1}" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node "$GPUS" train.py --dataset "$dataset" "${@:2}"
+dataset=Rain200L
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    dataset=$1
+    shift
 fi
-exec python train.py --dataset "$dataset" "${@:2}"
+if [ "${GPUS:-1}" -gt 1 ]; then
+    exec torchrun --standalone --nproc_per_node "$GPUS" train.py --dataset "$dataset" "$@"
+fi
+exec python train.py --dataset "$dataset" "$@"

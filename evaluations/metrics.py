@@ -15,7 +15,7 @@ PROTOCOLS = ("rain200", "did")
 
 def psnr(mse, peak):
     """Peak signal-to-noise ratio in dB; infinite for identical pictures."""
-    return 10 * math.log10(peak**2 / mse) if mse > 0 else math.inf
+    return math.inf if mse == 0 else 10 * math.log10(peak**2 / mse)
 
 
 def luma(image, rounded):

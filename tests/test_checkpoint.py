@@ -57,10 +57,12 @@ def changed(state, **tensors):
     "content, expected",
     [
         (["a", "list"], "expected a dict .* found list"),
-        ({"model": {"a": 1}}, "expected a dict .* found"),
+        ({"model": {"a": 1}}, "expected a dict .* found dict with .*model"),
+        ({0: torch.zeros(1)}, "expected a dict"),
         ({"state_dict": {}}, "expected a dict"),
         ({"state_dict": {"conv.weight": torch.zeros(1)}}, "expected names such as .* found conv.weight"),
         (changed(narrow_state(), output_max__weight=torch.zeros(3, 9, 3, 3)), r"output_max.weight: expected \(3, 8, 3"),
+        (changed(narrow_state(), output_max__weight=torch.full((3, 8, 3, 3), torch.nan)), "not finite numbers"),
         (changed(narrow_state(), extra=torch.zeros(2)), r"extra: expected nothing, found \(2,\)"),
         (changed(narrow_state(), patch_embed_small__proj__weight=torch.zeros(16, 3, 3, 3)), "does not fit .* found"),
     ],

@@ -14,7 +14,7 @@ from dataset_RGB import (
     ValidationPatches,
     find_pairs,
     hold_out,
-    pair_by_name,
+    match_by_name,
     quiet_worker,
 )
 from tests.conftest import make_pairs
@@ -48,14 +48,29 @@ def test_pairs_are_found_by_name_not_by_position(tmp_path):
 def test_several_rainy_pictures_of_one_scene(tmp_path):
     rainy = [f"901_{number}.jpg" for number in range(1, 15)]
     paths = [tmp_path / "input" / name for name in rainy]
-    pairs = pair_by_name(paths, [tmp_path / "target" / "901.jpg"], tmp_path / "input", tmp_path / "target")
-    assert len(pairs) == 14 and {pair.target.name for pair in pairs} == {"901.jpg"}
+    clean = [tmp_path / "target" / "901.jpg"]
+    pairs, problems = match_by_name(paths, clean, tmp_path / "input", tmp_path / "target")
+    assert not problems and len(pairs) == 14 and {pair.target.name for pair in pairs} == {"901.jpg"}
 
 
 def test_an_equal_name_beats_a_scene_name(tmp_path):
     write_all(tmp_path / "input", ["000_1.png", "000_2.png"])
     write_all(tmp_path / "target", ["000_1.png", "000_2.png"])
     assert names_of(find_pairs(tmp_path), tmp_path) == [("000_1.png", "000_1.png"), ("000_2.png", "000_2.png")]
+
+
+def test_a_clean_picture_with_a_rainy_one_of_its_name_is_nobody_elses(tmp_path):
+    write_all(tmp_path / "input", ["a.png", "a_1.png", "a_2.png"])
+    write_all(tmp_path / "target", ["a.png", "a_1.png"])
+    with pytest.raises(UserError, match=r"1 pictures cannot be paired.*\n.*a_2.png has no clean picture"):
+        find_pairs(tmp_path)
+
+
+def test_two_rainy_pictures_of_one_name_are_refused(tmp_path):
+    write_all(tmp_path / "input", ["a.png", "a.bmp"])
+    write_all(tmp_path / "target", ["a.png"])
+    with pytest.raises(UserError, match="have one name"):
+        find_pairs(tmp_path)
 
 
 def test_pictures_without_partner_are_all_listed(tmp_path):

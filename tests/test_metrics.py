@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from evaluations.metrics import PROTOCOLS, downsample, luma, psnr_ssim, ssim
+from evaluations.metrics import PROTOCOLS, downsample, luma, psnr, psnr_ssim, ssim
 from tests.golden import METRICS, generator
 
 TOLERANCE = {"rain200": (2e-6, 2e-7), "did": (1e-9, 1e-9)}
@@ -67,6 +67,10 @@ def test_downsampling_starts_half_way_between_multiples_of_256(side, factor):
 def test_luma_is_studio_swing():
     extremes = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
     assert luma(extremes, rounded=True).tolist() == [[16, 235]]
+
+
+def test_a_psnr_that_is_not_a_number_stays_one():
+    assert math.isnan(psnr(math.nan, 1)) and psnr(0, 1) == math.inf
 
 
 def test_pictures_without_room_for_a_window_have_no_ssim():

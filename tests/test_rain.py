@@ -41,6 +41,15 @@ def test_streaks_have_their_direction_and_length(angle):
     assert np.sqrt(12 * variances[1]) == pytest.approx(31, rel=0.15)
 
 
+@pytest.mark.parametrize("names", [("IMG.png", "IMG_1.png"), ("a.png", "a.bmp")])
+def test_names_that_would_be_mixed_up_are_refused(tmp_path, names):
+    for name in names:
+        write_png(tmp_path / "photos" / name, GREY)
+    with pytest.raises(SystemExit, match="mixed up"):
+        rain.main([str(tmp_path / "photos"), str(tmp_path / "set"), "--versions", "2"])
+    assert not (tmp_path / "set").exists()
+
+
 def test_the_command_writes_pairs_that_train(tmp_path):
     for name in ("a", "sub/b"):
         write_png(tmp_path / "photos" / f"{name}.png", GREY)

@@ -59,7 +59,7 @@ def test_a_tree_is_derained_under_its_names(run, photos, narrow_weights, tmp_pat
 
 def test_files_and_patterns_are_derained(run, photos):
     assert run(photos / "b.jpg") == ["b.png"]
-    assert run([photos / "a.png", photos / "sub" / "c.bmp"]) == ["a.png", "b.png", "c.png"]
+    assert run([photos / "a.png", photos / "a.png", photos / "sub" / "c.bmp"]) == ["a.png", "b.png", "c.png"]
     assert run(f"{photos}/*/*.bmp")[-1] == "sub/c.png"
 
 
@@ -70,6 +70,8 @@ def test_results_go_to_a_folder_named_after_the_input(tmp_path, monkeypatch, sou
     assert script.default_output_dir(source) == Path("results", expected)
     assert script.default_output_dir(f"{source}/*.png") == Path("results", expected)
     assert script.default_output_dir(f"{source}/a.png") == Path("results")
+    monkeypatch.setattr(script, "find_pictures", lambda source: ([], Path(source)))
+    assert script.default_output_dir("/input") == Path("results")
 
 
 def test_psnr_and_ssim_are_printed_written_and_shown(run, tmp_path, capsys):
@@ -101,37 +103,42 @@ def test_two_named_files_are_a_pair(run, tmp_path, photos):
 
 def test_one_bad_picture_does_not_lose_the_others(run, photos, tmp_path):
     (photos / "a.png").write_bytes(b"broken")
+    (photos / "z.png").symlink_to("nowhere")
     message = failure(run, photos)
-    assert "1 pictures were not derained" in message and f"{photos / 'a.png'} cannot be read" in message
+    assert "all is done but for 2 pictures" in message and f"{photos / 'a.png'} cannot be read" in message
+    assert f"{photos / 'z.png'} does not exist" in message
     assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"b.png", "c.png"}
 
 
-def test_pictures_of_unequal_size_are_listed_and_the_others_measured(run, tmp_path, capsys):
-    pairs = make_pairs(tmp_path / "pairs", count=2)
+def test_a_name_that_cannot_be_written_does_not_lose_the_others(run, photos, tmp_path):
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    assert "a.png cannot be written" in failure(run, photos)
+    assert (tmp_path / "out" / "b.png").exists() and (tmp_path / "out" / "sub" / "c.png").exists()
+
+
+def test_pairs_that_do_not_fit_are_listed_and_the_others_measured(run, tmp_path, capsys):
+    pairs = make_pairs(tmp_path / "pairs", count=3)
     write_png(pairs / "target" / "0.png", np.zeros((20, 20, 3), np.uint8))
-    message = failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
-    assert "0.png are not of one size" in message
-    assert "1 pictures; Y channel" in capsys.readouterr().out
-
-
-def test_pictures_without_a_clean_one_are_listed_before_anything_runs(run, tmp_path):
-    pairs = make_pairs(tmp_path / "pairs", count=2)
     (pairs / "target" / "1.png").unlink()
-    assert "input/1.png has no clean picture" in failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
-    assert not (tmp_path / "out").exists()
+    message = failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
+    assert "0.png are not of one size" in message and "input/1.png has no clean picture" in message
+    assert "1 pictures; Y channel" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "1.png", "2.png"}
 
 
-def test_results_never_overwrite_the_input_or_each_other(run, photos, tmp_path, narrow_weights):
+def test_results_never_overwrite_what_was_given_or_each_other(run, photos, tmp_path, narrow_weights):
     write_png(photos / "b.png", np.zeros((20, 20, 3), np.uint8))
-    message = failure(run, photos)
-    assert "b.png: rename one of them" in message
-    before = (photos / "a.png").read_bytes()
-    with pytest.raises(SystemExit) as caught:
-        script.main(
-            ["--input_dir", str(photos / "a.png"), "--output_dir", str(photos), "--weights", str(narrow_weights)]
-        )
-    assert "a.png would be overwritten" in str(caught.value.code)
-    assert (photos / "a.png").read_bytes() == before
+    assert "b.png: rename one of them" in failure(run, photos)
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    for options in (["--output_dir", str(photos)], ["--output_dir", str(photos), "--target_dir", str(photos)]):
+        for source in (photos, photos / "a.png"):
+            assert "would overwrite" in failure(run, source, *options)
+    write_png(tmp_path / "clean" / "c.png", np.zeros((40, 56, 3), np.uint8))
+    clean = (tmp_path / "clean" / "c.png").read_bytes()
+    options = ["--target_dir", str(tmp_path / "clean"), "--output_dir", str(tmp_path / "clean")]
+    assert "would overwrite" in failure(run, photos / "sub", *options)
+    assert (tmp_path / "clean" / "c.png").read_bytes() == clean
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (300, 1), (17, 33)])

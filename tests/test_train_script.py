@@ -71,7 +71,8 @@ def test_a_run_leaves_checkpoints_logs_and_a_record(options, tmp_path, narrow_we
     moved = {name for name, tensor in latest["state_dict"].items() if not torch.equal(tensor, initial[name])}
     assert moved == initial.keys() - {"reduce_chan_level1_max3.weight"}
     board = EventAccumulator(str(folder)).Reload()
-    assert {"lr", "val_psnr", "pictures_per_second"} <= set(board.Tags()["scalars"])
+    expected = {"lr", "val_psnr", "pictures_per_second", "charbonnier", "fft", "edge", "l1", "total"}
+    assert {f"epoch/{name}" for name in expected} <= set(board.Tags()["scalars"])
     assert board.Tags()["images"] == ["rainy, derained, clean"]
     assert network_name(load_network(folder / "model_best.pth")).startswith("a network of width 8")
 
@@ -215,6 +216,51 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_checkpoint(opti
     assert (session(tmp_path) / "model_latest.pth").read_bytes() == before
 
 
+def test_a_diverged_network_is_never_saved(options, tmp_path):
+    """One step an epoch: the loss is finite until the very step that ruins the weights."""
+    message = fails([*options, "--batch_size", "6", "--lr", "1e38"])
+    assert "no longer finite" in message
+    saved = [load_checkpoint(path)["state_dict"] for path in session(tmp_path).glob("*.pth")]
+    assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
+    assert all(math.isfinite(line["val_psnr"]) for line in lines_of(session(tmp_path)))
+
+
+def test_an_interruption_during_validation_keeps_the_epoch(options, tmp_path, monkeypatch):
+    validate = train.Trainer.validate
+
+    def interrupted(trainer):
+        if trainer.epoch == 1:
+            trainer.interruption.ask(signal.SIGTERM, None)
+        return validate(trainer)
+
+    monkeypatch.setattr(train.Trainer, "validate", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train.main(options)
+    assert caught.value.code == 143
+    checkpoint = load_checkpoint(session(tmp_path) / "model_latest.pth")
+    assert (checkpoint["epoch"], checkpoint["pictures"]) == (1, 6)
+    monkeypatch.undo()
+    train.main(options)
+    train.main([*options, "--session", "b"])
+    assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
+    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b"))):
+        assert {line[key] for key in ("epoch", "val_psnr")} == {other[key] for key in ("epoch", "val_psnr")}
+        assert line["total"] == pytest.approx(other["total"], rel=1e-12)
+
+
+def test_a_broken_validation_picture_keeps_the_epoch(options, tmp_path):
+    val = make_pairs(tmp_path / "val", count=2)
+    (val / "input" / "1.png").write_bytes(b"broken")
+    assert "1.png cannot be read" in fails([*options, "--val_dir", str(val)])
+    assert load_checkpoint(session(tmp_path) / "model_latest.pth")["pictures"] == 6
+
+
+def test_training_needs_no_git(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train.main([*options, "--num_epochs", "1"])
+    assert json.loads((session(tmp_path) / "runs.jsonl").read_text())["commit"] is None
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path):
     train.main([*options, "--num_epochs", "1"])
     before = (session(tmp_path) / "model_latest.pth").read_bytes()
@@ -286,6 +332,10 @@ def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
         (["--patch_size", "40"], "multiple of 16"),
         (["--batch_size", "0"], "at least 1"),
         (["--hold_out", "1.5"], "between 0 and 1"),
+        (["--ema", "1"], "between 0 and 1"),
+        (["--lr", "0"], "above 0"),
+        (["--clip_grad", "-1"], "above 0"),
+        (["--seed", "-1"], "at least 0"),
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--pretrain_weights", "none.pth"], "none.pth does not exist"),
         (["--model", "nerd_rain"], "narrow.pth holds a network of width 8"),

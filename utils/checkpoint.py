@@ -33,16 +33,18 @@ def load_checkpoint(path):
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
-    if isinstance(content, dict) and "state_dict" not in content:
-        content = {"state_dict": content}
-    weights = content.get("state_dict") if isinstance(content, dict) else content
-    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not weights or not isinstance(weights, dict) or not all(map(is_weight, weights.items())):
         raise UserError(
             f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
             f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
         )
-    content["state_dict"] = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return content
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {**(content if "state_dict" in content else {}), "state_dict": weights}
+
+
+def is_weight(item):
+    return isinstance(item[0], str) and torch.is_tensor(item[1])
 
 
 def options_of(weights, path):
@@ -89,6 +91,10 @@ def build_network(weights, path):
             for name in wrong[:3]
         )
         raise UserError(f"{path} does not fit {network_name(net)} in {len(wrong)} weights, such as {examples}.")
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(
+            f"{path} holds weights that are not finite numbers: its training diverged, choose an earlier one."
+        )
     net.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return net
 

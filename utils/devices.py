@@ -16,7 +16,7 @@ def choose_device(gpus=None):
     if gpus == "cpu":
         return torch.device("cpu")
     number = gpus.split(",")[0]
-    if not number.isdigit():
+    if not (number.isascii() and number.isdecimal()):
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
     if int(number) >= torch.cuda.device_count():
         raise UserError(
@@ -30,8 +30,11 @@ def start_processes():
     """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes)."""
     if "LOCAL_RANK" not in os.environ:
         return choose_device(), 0, 1
-    device = choose_device(os.environ["LOCAL_RANK"] if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there are {torch.cuda.device_count()} GPUs here: give torchrun that --nproc_per_node.")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()

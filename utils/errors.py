@@ -25,7 +25,9 @@ def reports_errors(main):
         except UserError as error:
             sys.exit(f"error: {sentence(error)}")
         except OSError as error:
-            sys.exit(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}).")
+            sys.exit(
+                f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check path and space."
+            )
         except torch.OutOfMemoryError:
             sys.exit("error: the GPU's memory is too small for this: choose a smaller patch, batch or window.")
         except KeyboardInterrupt:

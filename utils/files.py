@@ -14,7 +14,7 @@ def atomic_write(path):
     Folders are made as needed. A full disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name can be as long as names may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -22,9 +22,12 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder.") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the disk says
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or cause
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another folder.") from cause
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_picture(path):
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
 
 
 def find_pictures(source):

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import reports_errors
+from utils.errors import UserError, reports_errors
 from utils.images import find_pictures, read_image, write_png
 
 
@@ -64,9 +64,13 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
     paths, root = find_pictures(args.clean)
-    for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
+    names = [str(path.relative_to(root).with_suffix("")) for path in paths]
+    versions_of = {f"{name}_{version}": name for name in names for version in range(1, args.versions + 1)}
+    for name in names:
+        if name in versions_of or names.count(name) > 1:
+            raise UserError(f"{name} in {root} would be mixed up with a picture of nearly the same name: rename it.")
+    for number, (path, name) in enumerate(zip(tqdm(paths, unit="picture", disable=None), names)):
         clean = read_image(path)
-        name = path.relative_to(root).with_suffix("")
         write_png(args.output / "target" / f"{name}.png", clean)
         for version in range(1, args.versions + 1):
             rng = np.random.default_rng((args.seed, number, version))

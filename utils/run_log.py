@@ -7,23 +7,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import torch
+import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
+
+from utils.files import atomic_write
 
 
 def describe(arguments, device, processes):
     """What is about to run -> dict."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     gpu = device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
         "arguments": arguments,
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{module.__name__: module.__version__ for module in (torch, torchvision, numpy)},
+        "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU with {torch.get_num_threads()} threads",
         "processes": processes,
     }
@@ -39,18 +47,20 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        self.path.write_text("".join(lines[:epochs_done]))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs_done]
+        if kept != lines:
+            with atomic_write(self.path) as file:
+                file.write("".join(kept).encode())
         with open(folder / "runs.jsonl", "a") as file:
             file.write(json.dumps(description) + "\n")
         self.board = SummaryWriter(folder, purge_step=steps_done)
 
     def epoch(self, line, step):
-        """Logs an epoch: `line` maps names to numbers."""
+        """Logs an epoch: `line` maps names to numbers, "epoch" among them."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        for name in ("lr", "val_psnr", "pictures_per_second"):
-            if name in line:
-                self.board.add_scalar(name, line[name], step)
+        for name, value in line.items():
+            self.board.add_scalar(f"epoch/{name}", value, step)
 
     def losses(self, terms, step):
         for name, value in terms.items():
