@@ -269,11 +269,7 @@ class Trainer:
             torch.set_rng_state(checkpoint["random_state"])
 
     def save(self, *paths):
-        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
-            raise UserError(
-                f"the weights are no longer finite in epoch {self.epoch + 1}; {self.latest} was left as it was. "
-                "Go on with --clip_grad 1 or a lower --lr."
-            )
+        self.stop_if_diverged(all(parameter.isfinite().all() for parameter in self.net.parameters()))
         sums = sum_over_processes(self.sums)
         for path in paths if self.rank == 0 else ():
             save_checkpoint(
@@ -293,8 +289,13 @@ class Trainer:
         while self.epoch < self.args.num_epochs:
             line = self.train_epoch()
             if line["epoch"] % self.args.val_epochs == 0 or line["epoch"] == self.args.num_epochs:
-                self.save(self.latest)
-                line["val_psnr"] = self.validate()
+                try:
+                    line["val_psnr"] = self.validate()
+                except UserError:  # a broken picture, which must not cost the epoch
+                    if self.world == 1:
+                        self.save(self.latest)
+                    raise
+                self.stop_if_diverged(not math.isnan(line["val_psnr"]))
             self.finish_epoch(line)
         if self.rank == 0:
             print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
@@ -364,6 +365,13 @@ class Trainer:
             if self.ema:
                 self.ema.update_parameters(self.net)
         return values
+
+    def stop_if_diverged(self, finite):
+        if not finite:
+            raise UserError(
+                f"the weights or their results are no longer finite in epoch {self.epoch + 1}; {self.latest} was left "
+                "as it was. Go on with --clip_grad 1 or a lower --lr."
+            )
 
     def stop_if_not_finite(self, values, names):
         finite = bool(values.isfinite().all())

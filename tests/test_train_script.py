@@ -221,7 +221,7 @@ def test_a_diverged_network_is_never_saved(options, tmp_path):
     message = fails([*options, "--batch_size", "6", "--lr", "1e38"])
     assert "no longer finite" in message
     saved = [load_checkpoint(path)["state_dict"] for path in session(tmp_path).glob("*.pth")]
-    assert all(tensor.isfinite().all() for weights in saved for tensor in weights.values())
+    assert saved and all(tensor.abs().max() < 100 for weights in saved for tensor in weights.values())
     assert all(math.isfinite(line["val_psnr"]) for line in lines_of(session(tmp_path)))
 
 
