@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset_RGB import match_by_name
 from evaluations.metrics import psnr_ssim
+from model import MULTIPLE
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, reports_errors, sentence
@@ -27,7 +28,7 @@ from utils.inference import derain
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")
 
 
@@ -49,6 +50,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.panel and not args.target_dir:
         parser.error("--panel shows clean pictures: give their folder with --target_dir")
+    if args.win_size < MULTIPLE or args.win_size % MULTIPLE:
+        parser.error(f"--win_size must be a multiple of {MULTIPLE}")
     return args
 
 

@@ -4,7 +4,6 @@ import torch
 
 from model import MultiscaleNet
 from tests.golden import ARRAYS, golden_input, golden_network
-from utils.errors import UserError
 from utils.images import to_image
 from utils.inference import derain, derain_windows, spans
 
@@ -55,5 +54,5 @@ def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
 
 @pytest.mark.parametrize("window", [0, -16, 100])
 def test_windows_must_fit_the_network(narrow_net, window):
-    with pytest.raises(UserError, match="multiple of 16"):
+    with pytest.raises(ValueError, match="multiple of 16"):
         derain(narrow_net, np.zeros((32, 32, 3), np.uint8), window)

@@ -159,12 +159,13 @@ def test_other_kinds_of_pictures_are_derained_and_mentioned(run, tmp_path, mode,
     assert read_image(tmp_path / "out" / "odd.png").shape == (24, 24, 3)
 
 
-def test_wrong_sources_and_weights_are_named(run, photos, tmp_path, narrow_weights):
+def test_wrong_sources_and_weights_are_named(run, photos, tmp_path, capsys):
     assert "nowhere does not exist" in failure(run, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "empty holds no pictures" in failure(run, tmp_path / "empty")
     assert "a.png cannot be read as a checkpoint" in failure(run, photos, "--weights", str(photos / "a.png"))
-    assert "multiple of 16" in failure(run, photos, "--win_size", "100")
+    assert failure(run, photos, "--win_size", "100") == "2"
+    assert "--win_size must be a multiple of 16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

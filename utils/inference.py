@@ -3,7 +3,6 @@
 import torch
 
 from model import MULTIPLE
-from utils.errors import UserError
 from utils.images import reflect_pad, to_image, to_tensor
 
 
@@ -39,7 +38,7 @@ def derain(net, image, window=256):
     channel attention sees all of it; 256 is what the paper's tables were made with.
     """
     if window < MULTIPLE or window % MULTIPLE:
-        raise UserError(f"the window (--win_size) must be a multiple of {MULTIPLE}, not {window}.")
+        raise ValueError(f"the window must be a multiple of {MULTIPLE}, not {window}")
     height, width = image.shape[:2]
     padded = reflect_pad(
         image, *(-(-side // MULTIPLE) * MULTIPLE if side < window else side for side in (height, width))
