@@ -60,9 +60,7 @@ def parse_args(argv=None):
             options["type"] = type(default)
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    add(
-        "dataset", choices=DATASETS, help="preset of the folders, session, epochs, network, patch, batch and rate below"
-    )
+    add("dataset", choices=DATASETS, help="preset of folders, session, network and recipe for one data set")
     add("train_dir", "Datasets/Rain200L/train", "folder of input/ and target/, or see --clean_half")
     add("val_dir", "Datasets/Rain200L/test", "the same for validation, which chooses model_best.pth")
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
@@ -87,8 +85,9 @@ def parse_args(argv=None):
     preset = parser.parse_known_args(argv)[0].dataset
     if preset:
         recipe, folder = DATASETS[preset], Path("Datasets", preset)
-        shared = {name: getattr(recipe, name) for name in ("num_epochs", "patch_size", "batch_size", "lr")}
-        parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset, **shared)
+        parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset)
+        for name in ("num_epochs", "patch_size", "batch_size", "lr", "clip_grad", "ema"):
+            parser.set_defaults(**{name: getattr(recipe, name)})
     args = parser.parse_args(argv)
     for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate"):
         if getattr(args, name) < 1:
