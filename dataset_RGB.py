@@ -39,13 +39,15 @@ class Pair(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What is known of a data set: how the authors trained on it, how much there is, where it can be had."""
+    """What is known of a data set: how much there is, how it is measured, where it can be had, and how the authors
+    trained on it (`num_epochs` is None where they did not)."""
 
-    num_epochs: int
     train_pairs: int
     test_pairs: int
+    protocol: str = "rain200"
     url: str = ""
     code: str = ""
+    num_epochs: int | None = None
     model: str = "nerd_rain"
     patch_size: int = 256
     batch_size: int = 1
@@ -56,21 +58,47 @@ class Recipe(NamedTuple):
 
 BAIDU = "https://pan.baidu.com/s/"
 DATASETS = {
-    "Rain200L": Recipe(600, 1800, 200, BAIDU + "1rTb4qU3fCEA4MRpQss__DA", "s2yx"),
-    "Rain200H": Recipe(600, 1800, 200, BAIDU + "1KK8R2bPKgcOX8gMXSuKtCQ", "z9br"),
-    "DID-Data": Recipe(200, 12000, 1200, BAIDU + "1aPFJExxxTBOzJjngMAOQDA", "5luo"),
-    "DDN-Data": Recipe(200, 12600, 1400, BAIDU + "1g_m7RfSUJUtknlWugO1nrw", "ldzo"),
-    "SPA-Data": Recipe(10, 638492, 1000, BAIDU + "1YfxC5OvgYcQCffEttFz8Kg", "yjow"),
-    # What learns something within minutes on a laptop; the others are the authors' recipes.
-    "demo": Recipe(36, 18, 4, model="nerd_rain_s", patch_size=64, lr=5e-4, clip_grad=0.5, ema=0.98),
+    "Rain200L": Recipe(1800, 200, "rain200", BAIDU + "1rTb4qU3fCEA4MRpQss__DA", "s2yx", num_epochs=600),
+    "Rain200H": Recipe(1800, 200, "rain200", BAIDU + "1KK8R2bPKgcOX8gMXSuKtCQ", "z9br", num_epochs=600),
+    "DID-Data": Recipe(12000, 1200, "did", BAIDU + "1aPFJExxxTBOzJjngMAOQDA", "5luo", num_epochs=200),
+    "DDN-Data": Recipe(12600, 1400, "did", BAIDU + "1g_m7RfSUJUtknlWugO1nrw", "ldzo", num_epochs=200),
+    "SPA-Data": Recipe(638492, 1000, "rain200", BAIDU + "1YfxC5OvgYcQCffEttFz8Kg", "yjow", num_epochs=10),
+    "Rain100L": Recipe(200, 100),
+    "Rain100H": Recipe(1800, 100),
+    "Rain800": Recipe(700, 100),
+    "Rain12": Recipe(0, 12),
+    # What learns something within minutes on a laptop; the paper's are the authors' recipes.
+    "demo": Recipe(18, 4, num_epochs=36, model="nerd_rain_s", patch_size=64, lr=5e-4, clip_grad=0.5, ema=0.98),
 }
+
+
+def known_dataset(path):
+    """The name in DATASETS that a path belongs to, as Datasets/Rain200L/test/target does to Rain200L, or None."""
+    names = {name.lower(): name for name in DATASETS}
+    return next((names[part.lower()] for part in reversed(Path(path).resolve().parts) if part.lower() in names), None)
+
+
+def how_to_get(dataset):
+    """-> a sentence on where a data set can be had and where to put it."""
+    recipe = DATASETS[dataset]
+    if not recipe.url:
+        return "it is part of this repository, git checkout brings it back."
+    return (
+        f"{dataset} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded from "
+        f"{recipe.url} (code {recipe.code}). Put it into\n"
+        f"  Datasets/{dataset}/train/input   Datasets/{dataset}/train/target\n"
+        f"  Datasets/{dataset}/test/input    Datasets/{dataset}/test/target\n"
+        "with rainy pictures in input/ and clean ones in target/ (`python -m utils.prepare` does that with the "
+        "original distributions; Datasets/README.md says more)."
+    )
 
 
 def target_names(stem):
     """Stems of clean pictures that a rainy one may belong to, the likeliest first: the same name; 901_14 -> 901
     (DDN-Data, several rainy pictures of one scene); norain-7x2 -> norain-7 (Rain200L/H); rain-007 -> norain-007
-    (Rain100L/H)."""
-    return [stem, re.sub(r"_\d+$", "", stem), re.sub(r"x2$", "", stem), re.sub(r"^rain", "norain", stem)]
+    (Rain100L/H); 7_DR -> 7_GT (derained and clean pictures in the MATLAB scripts for DID-Data and DDN-Data)."""
+    patterns = (r"_\d+$", ""), (r"x2$", ""), (r"^rain", "norain"), (r"_DR$", "_GT")
+    return [stem, *(re.sub(pattern, replacement, stem) for pattern, replacement in patterns)]
 
 
 def match_by_name(inputs, targets, input_root, target_root):

@@ -4,9 +4,7 @@ python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
 """
 
 import argparse
-import csv
 import errno
-import io
 import logging
 import sys
 from pathlib import Path
@@ -22,7 +20,7 @@ from model import MULTIPLE
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, reports_errors, sentence
-from utils.files import atomic_write
+from utils.files import write_csv
 from utils.images import contact_sheet, find_pictures, read_image, write_png
 from utils.inference import derain
 
@@ -94,10 +92,7 @@ def write_table(rows, path):
     for name, *values in [*rows, ("mean", *np.mean([row[1:] for row in rows], axis=0))]:
         print("{:{}}  {:10.2f} {:.4f}  {:14.2f} {:.4f}".format(name, name_width, *values))
     print(f"{len(rows)} pictures; Y channel, protocol {PROTOCOL}")
-    with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        csv.writer(text).writerows([COLUMNS, *rows])
-        text.detach()
+    write_csv(path, COLUMNS, rows)
 
 
 def disk_failed(error):

@@ -33,6 +33,7 @@ from dataset_RGB import (
     ValidationPatches,
     find_pairs,
     hold_out,
+    how_to_get,
     quiet_worker,
 )
 from evaluations.metrics import psnr
@@ -60,7 +61,8 @@ def parse_args(argv=None):
             options["type"] = type(default)
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    add("dataset", choices=DATASETS, help="preset of folders, session, network and recipe for one data set")
+    presets = [name for name, recipe in DATASETS.items() if recipe.num_epochs]
+    add("dataset", choices=presets, help="preset of folders, session, network and recipe for one data set")
     add("train_dir", "Datasets/Rain200L/train", "folder of input/ and target/, or see --clean_half")
     add("val_dir", "Datasets/Rain200L/test", "the same for validation, which chooses model_best.pth")
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
@@ -109,18 +111,9 @@ def parse_args(argv=None):
 def find_data(args):
     """-> training pairs, validation pairs."""
     if args.dataset and not Path(args.train_dir).is_dir():
-        recipe = DATASETS[args.dataset]
-        if not recipe.url:
-            raise UserError(
-                f"{args.train_dir} does not exist: it is part of this repository, git checkout brings it back."
-            )
         raise UserError(
-            f"{args.train_dir} does not exist. {args.dataset} has {recipe.train_pairs} training and "
-            f"{recipe.test_pairs} test pairs. Download it from {recipe.url} (code {recipe.code}) into\n"
-            f"  Datasets/{args.dataset}/train/input   Datasets/{args.dataset}/train/target\n"
-            f"  Datasets/{args.dataset}/test/input    Datasets/{args.dataset}/test/target\n"
-            "with rainy pictures in input/ and clean ones of the same names in target/. Datasets/README.md says more. "
-            "To try training without a download: bash train.sh demo"
+            f"{args.train_dir} does not exist: {how_to_get(args.dataset)} To try training without a download: "
+            "bash train.sh demo"
         )
     pairs = find_pairs(args.train_dir, args.clean_half)
     if args.hold_out:

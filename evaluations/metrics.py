@@ -53,13 +53,17 @@ def ssim(x, y):
     return float((luminance * structure).mean())
 
 
-def psnr_ssim(result, target, protocol):
-    """PSNR in dB and SSIM of two H×W×3 uint8 RGB pictures under the protocol "rain200" or "did"."""
+def check(result, target):
     if result.shape != target.shape or result.ndim != 3 or result.dtype != np.uint8 or target.dtype != np.uint8:
         raise ValueError(
             "the two pictures must be H×W×3 uint8 arrays of one size, "
             f"not {result.shape} {result.dtype} and {target.shape} {target.dtype}"
         )
+
+
+def psnr_ssim(result, target, protocol):
+    """PSNR in dB and SSIM of two H×W×3 uint8 RGB pictures under the protocol "rain200" or "did"."""
+    check(result, target)
     if protocol not in PROTOCOLS:
         raise ValueError(f"the protocol must be one of {PROTOCOLS}, not {protocol!r}")
     x, y = (luma(image, rounded=protocol == "rain200") for image in (result, target))
@@ -67,3 +71,19 @@ def psnr_ssim(result, target, protocol):
     if protocol == "did":
         x, y = downsample(x), downsample(y)
     return decibels, ssim(x, y)
+
+
+def other_conventions(result, target):
+    """What other papers print under the same names, which cannot be compared with the two protocols -> dict:
+
+    "psnr_y_unrounded": PSNR of the luma before rounding; "psnr_rgb": PSNR over all three channels; "ssim_rgb": the mean
+    of the channels' SSIM at full size.
+    """
+    check(result, target)
+    unrounded = luma(result, rounded=False) - luma(target, rounded=False)
+    x, y = result.astype(np.float64), target.astype(np.float64)
+    return {
+        "psnr_y_unrounded": psnr(np.mean(unrounded**2), peak=255),
+        "psnr_rgb": psnr(np.mean((x - y) ** 2), peak=255),
+        "ssim_rgb": float(np.mean([ssim(x[..., channel], y[..., channel]) for channel in range(3)])),
+    }

@@ -1,6 +1,9 @@
 """Writing files so that nothing half-written is ever left."""
 
 import contextlib
+import csv
+import io
+import json
 import os
 from pathlib import Path
 
@@ -31,3 +34,19 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_csv(path, header, rows):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def write_json(path, content):
+    """Writes plain data; numbers that JSON does not know (infinite, not a number) raise ValueError."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,36 +1,25 @@
 """The record of a training run, beside its checkpoints: what was started, a line per epoch, TensorBoard."""
 
 import json
-import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy
 import torch
-import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+from utils.environment import software
 from utils.files import atomic_write
 
 
 def describe(arguments, device, processes):
     """What is about to run -> dict."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
     gpu = device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
         "arguments": arguments,
-        "commit": commit or None,
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, torchvision, numpy)},
+        **software(),
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU with {torch.get_num_threads()} threads",
         "processes": processes,
