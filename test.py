@@ -22,7 +22,7 @@ from utils.devices import choose_device
 from utils.errors import UserError, reports_errors, sentence
 from utils.files import write_csv
 from utils.images import contact_sheet, find_pictures, read_image, write_png
-from utils.inference import derain
+from utils.inference import derain_file
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
@@ -119,9 +119,7 @@ def main(argv=None):
     with logging_redirect_tqdm():
         for path, output in tqdm(outputs.items(), unit="picture", disable=None):
             try:
-                rainy = read_image(path)
-                derained = derain(net, rainy, args.win_size)
-                write_png(output, derained)
+                rainy, derained = derain_file(net, path, output, args.win_size)
                 if path in targets:
                     clean = read_image(targets[path])
                     if clean.shape != rainy.shape:

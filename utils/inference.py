@@ -3,7 +3,7 @@
 import torch
 
 from model import MULTIPLE
-from utils.images import reflect_pad, to_image, to_tensor
+from utils.images import read_image, reflect_pad, to_image, to_tensor, write_png
 
 
 def spans(side, window):
@@ -44,3 +44,11 @@ def derain(net, image, window=256):
         image, *(-(-side // MULTIPLE) * MULTIPLE if side < window else side for side in (height, width))
     )
     return to_image(derain_windows(net, to_tensor(padded), window))[:height, :width]
+
+
+def derain_file(net, path, output, window=256):
+    """Derains the picture at `path` into a PNG at `output` -> both pictures."""
+    rainy = read_image(path)
+    derained = derain(net, rainy, window)
+    write_png(output, derained)
+    return rainy, derained
