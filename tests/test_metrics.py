@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from evaluations.metrics import PROTOCOLS, downsample, luma, psnr, psnr_ssim, ssim
+from evaluations.metrics import PROTOCOLS, downsample, luma, other_conventions, psnr, psnr_ssim, ssim
 from tests.golden import METRICS, generator
 
 TOLERANCE = {"rain200": (2e-6, 2e-7), "did": (1e-9, 1e-9)}
@@ -48,10 +48,35 @@ def test_scikit_image_agrees_where_its_definition_does():
     assert ssim(x_luma, y_luma) == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-6)
 
 
+def test_scikit_image_agrees_on_what_other_papers_print():
+    x, y = reference_pictures("64x48")
+    others = other_conventions(x, y)
+    assert others["psnr_rgb"] == pytest.approx(peak_signal_noise_ratio(y, x, data_range=255))
+    assert others["psnr_y_unrounded"] == pytest.approx(METRICS["64x48"]["did"]["psnr"], abs=1e-9)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    _, full = structural_similarity(x / 1.0, y / 1.0, full=True, channel_axis=2, **options)
+    assert others["ssim_rgb"] == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_exchanging_the_pictures_changes_nothing(protocol):
+    x, y = reference_pictures("512x384")
+    assert psnr_ssim(x, y, protocol) == pytest.approx(psnr_ssim(y, x, protocol), rel=1e-12)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_shifted_picture_is_less_similar(protocol):
+    x = reference_pictures("512x384")[1]
+    similarities = [psnr_ssim(np.roll(x, shift, axis=1), x, protocol)[1] for shift in (0, 2, 8)]
+    assert similarities == sorted(similarities, reverse=True) and similarities[1] < 0.9999
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_identical_pictures_are_perfect(protocol):
     x = reference_pictures("64x48")[0]
     assert psnr_ssim(x, x.copy(), protocol) == (math.inf, pytest.approx(1, abs=1e-12))
+    assert other_conventions(x, x)["psnr_rgb"] == math.inf and other_conventions(x, x)["ssim_rgb"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("side, factor", [(255, 1), (383, 1), (384, 2), (639, 2), (640, 3)])
