@@ -1,4 +1,7 @@
-"""Paired pictures: which rainy one belongs to which clean one, and what the network is trained and validated on."""
+"""Paired pictures: which rainy one belongs to which clean one, and what the network is trained and validated on.
+
+python dataset_RGB.py Datasets/Rain200L        says what a data set holds and what is wrong with it
+"""
 
 import re
 import signal
@@ -10,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 from torchvision.transforms.functional import adjust_saturation, center_crop
 
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.images import find_pictures, is_picture, read_image, reflect_pad, to_tensor
 
 
@@ -124,15 +127,15 @@ def match_by_name(inputs, targets, input_root, target_root):
     return pairs, problems
 
 
-def find_pairs(root, clean_half=None):
-    """All pairs of a data set -> list of Pair.
+def pair_folder(root, clean_half=None):
+    """Pairs up a data set -> list of Pair, list of sentences about pictures without a partner.
 
     `root` holds input/ and target/ with pictures of the same names or, with `clean_half` "left" or "right", pictures
-    whose two halves are the pair. Raises UserError if there are none or if they do not pair up.
+    whose two halves are the pair. Raises UserError if there are none.
     """
     root = Path(root)
     if clean_half:
-        return [Pair(path, path, clean_half) for path in find_pictures(root)[0]]
+        return [Pair(path, path, clean_half) for path in find_pictures(root)[0]], []
     folders = root / "input", root / "target"
     for folder in folders:
         if not folder.is_dir():
@@ -145,11 +148,19 @@ def find_pairs(root, clean_half=None):
     inputs, targets = (find_pictures(folder)[0] for folder in folders)
     pairs, problems = match_by_name(inputs, targets, *folders)
     used = {pair.target for pair in pairs}
-    problems += [f"{path} has no rainy picture in {folders[0]}" for path in targets if path not in used]
+    return pairs, problems + [f"{path} has no rainy picture in {folders[0]}" for path in targets if path not in used]
+
+
+def find_pairs(root, clean_half=None):
+    """All pairs of a data set as `pair_folder` finds them -> list of Pair.
+
+    Raises UserError if there are none or if pictures are without a partner.
+    """
+    pairs, problems = pair_folder(root, clean_half)
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed}{more}")
+        raise UserError(
+            f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed(problems, 20)}"
+        )
     return pairs
 
 
@@ -234,3 +245,9 @@ def quiet_worker(_):
     """Workers leave Ctrl-C to the main process, and end at once when it asks them to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    from utils.doctor import main
+
+    main()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python eval
 from dataset_RGB import DATASETS, known_dataset, match_by_name
 from evaluations.metrics import PROTOCOLS, other_conventions, psnr_ssim
 from utils.environment import software
-from utils.errors import UserError, reports_errors
+from utils.errors import UserError, listed, reports_errors
 from utils.files import write_csv, write_json
 from utils.images import find_pictures
 
@@ -151,15 +151,14 @@ def main(argv=None):
     root = find_pictures(args.results)[1]
     rows = [(str(path.relative_to(root)), values) for path, values in measured]
     problems = [*unpaired, *unmeasured]
-    listed = "".join(f"\n  {problem}" for problem in problems)
     count = of_expected(len(rows), args.dataset)
     if problems and not (rows and args.go_on):
         hint = f" To average over {count} all the same, say --go_on." if rows else ""
-        raise UserError(f"{len(problems)} pictures cannot be measured:{listed}\nMend that.{hint}")
+        raise UserError(f"{len(problems)} pictures cannot be measured:{listed(problems, 20)}\nMend that.{hint}")
     summary = {**summarise(rows, args.protocol, args.dataset), "left_out": problems}
     print_summary(rows, summary)
     if problems:
-        print(f"left out:{listed}")
+        print(f"left out:{listed(problems, 20)}")
     folder = args.output or root
     write_csv(folder / f"evaluation_{args.protocol}.csv", ("picture", *COLUMNS), [(name, *v) for name, v in rows])
     write_json(folder / f"evaluation_{args.protocol}.json", summary)

@@ -24,7 +24,7 @@ from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_ma
 from utils import download
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
-from utils.errors import UserError, reports_errors, sentence
+from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import write_csv, write_text
 from utils.images import find_pictures, is_picture
 from utils.inference import derain_file
@@ -34,11 +34,6 @@ MODELS = ("NeRD-Rain-S", "NeRD-Rain")
 
 def holds_pictures(folder):
     return folder.is_dir() and any(is_picture(path) for path in folder.rglob("*"))
-
-
-def listed(problems):
-    more = [f"… and {len(problems) - 3} more"] if len(problems) > 3 else []
-    return "".join(f"\n  {problem}" for problem in [*problems[:3], *more])
 
 
 def get_weights(model, dataset, args):
@@ -84,7 +79,7 @@ def derain_test_set(model, dataset, args):
         except UserError as error:
             problems.append(sentence(error))
     if problems:
-        raise UserError(f"{model} on {dataset}: {listed(problems)}")
+        raise UserError(f"{model} on {dataset}: {listed(problems, 3)}")
 
 
 def methods_on(dataset, results_dir, paper):
@@ -122,7 +117,7 @@ def reproduce(args):
             if has_targets and holds_pictures(args.results_dir / method / dataset):
                 score, problems = measure_method(method, dataset, args)
             if problems:
-                missing.append(f"{method} on {dataset} could not be measured completely: {listed(problems)}")
+                missing.append(f"{method} on {dataset} could not be measured completely: {listed(problems, 3)}")
             rows.append(Row(dataset, method, score, paper.get((dataset, method))))
     return rows, missing
 

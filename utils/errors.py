@@ -15,6 +15,12 @@ def sentence(error):
     return str(error).rpartition("UserError: ")[2].strip()
 
 
+def listed(problems, most):
+    """-> the first `most` sentences, each on a line of its own, and how many more there are."""
+    more = [f"… and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {problem}" for problem in [*problems[:most], *more])
+
+
 def reports_errors(main):
     """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend."""
 

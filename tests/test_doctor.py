@@ -1,0 +1,99 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import make_pairs
+from utils import doctor
+from utils.images import read_image, write_png
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    make_pairs(tmp_path / "mine" / "train", count=5, seed=1)
+    make_pairs(tmp_path / "mine" / "test", count=3, seed=2)
+    return tmp_path / "mine"
+
+
+def report(capsys, *arguments, healthy):
+    """Runs the doctor -> what it printed."""
+    if healthy:
+        doctor.main([str(argument) for argument in arguments])
+    else:
+        with pytest.raises(SystemExit) as caught:
+            doctor.main([str(argument) for argument in arguments])
+        assert caught.value.code == 1
+    return capsys.readouterr().out
+
+
+def test_the_command_runs_as_written():
+    command = [sys.executable, "dataset_RGB.py", "Datasets/demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Datasets/demo/train: 18 pairs of 18 published, 6 clean pictures; 360×360 (12), 360×240 (6)" in done.stdout
+    assert "nothing is wrong" in done.stdout
+
+
+def test_a_healthy_set(dataset, capsys):
+    text = report(capsys, dataset, healthy=True)
+    assert "train: 5 pairs, 5 clean pictures; 48×40 (5)" in text and "nothing is wrong" in text
+    assert "3 pairs" in report(capsys, dataset / "test", healthy=True)
+
+
+def test_unpaired_unreadable_and_unequal_pictures(dataset, capsys):
+    (dataset / "train" / "target" / "0.png").unlink()
+    (dataset / "train" / "input" / "1.png").write_bytes(b"broken")
+    write_png(dataset / "train" / "target" / "2.png", np.zeros((20, 20, 3), np.uint8))
+    write_png(dataset / "train" / "input" / "3.png", read_image(dataset / "train" / "target" / "3.png"))
+    text = report(capsys, dataset, healthy=False)
+    assert "cannot be used (4)" in text
+    for reason in ("0.png has no clean", "1.png cannot be read", "not of one size", "3.png is the same picture as its"):
+        assert reason in text
+
+
+def test_the_published_number_is_missed(tmp_path, capsys):
+    make_pairs(tmp_path / "Rain12", count=11)
+    text = report(capsys, tmp_path / "Rain12", healthy=False)
+    assert "11 pairs of 12 published" in text and "Rain12 has 12" in text
+    make_pairs(tmp_path / "Rain12", count=12)
+    assert "nothing is wrong" in report(capsys, tmp_path / "Rain12", healthy=True)
+
+
+def test_duplicates_are_noted(dataset, capsys):
+    folder = dataset / "train" / "input"
+    write_png(folder / "4.png", read_image(folder / "0.png"))
+    text = report(capsys, dataset, healthy=True)
+    assert f"{folder / '0.png'} = {folder / '4.png'}" in text and "rainy pictures with the same pixels (1)" in text
+
+
+@pytest.mark.parametrize("change", ["none", "jpeg", "larger"])
+def test_pictures_in_both_train_and_test_are_found(dataset, capsys, change):
+    scene = cv2.resize(np.random.default_rng(5).integers(0, 255, (6, 8, 3), dtype=np.uint8), (96, 80))
+    factor = 2 if change == "larger" else 1
+    for part, image in (("train", scene), ("test", cv2.resize(scene, None, fx=factor, fy=factor))):
+        for folder, name in (("input", "s"), ("target", "s")):
+            path = dataset / part / folder / f"{name}.jpg"
+            shown = image // 2 + (100 if folder == "input" else 0)
+            options = {"format": "JPEG", "quality": 85} if change == "jpeg" and part == "test" else {"format": "PNG"}
+            Image.fromarray(shown).save(path, **options)
+    text = report(capsys, dataset, healthy=False)
+    assert "clean pictures in both train and test (1)" in text
+    assert f"{dataset / 'test/target/s.jpg'} looks like {dataset / 'train/target/s.jpg'}" in text
+
+
+def test_halves_side_by_side(tmp_path, capsys):
+    for number in range(3):
+        image = np.random.default_rng(number).integers(0, 255, (20, 41 if number == 2 else 48, 3), dtype=np.uint8)
+        write_png(tmp_path / f"{number}.png", image)
+    text = report(capsys, tmp_path, "--clean_half", "left", healthy=False)
+    assert "24×20 (2)" in text and "41 pixels wide" in text
+
+
+def test_folders_that_are_not_a_set(tmp_path, capsys):
+    assert "input does not exist" in report(capsys, tmp_path, healthy=False)

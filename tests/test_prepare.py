@@ -1,0 +1,116 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_RGB import find_pairs
+from utils import prepare
+from utils.images import read_image, write_png
+
+# Original distributions: rainy file -> its clean one.
+DISTRIBUTIONS = {
+    "Rain200L": {f"rain/X2/norain-{i}x2.png": f"norain/norain-{i}.png" for i in (1, 2, 11)},
+    "DDN-Data": {f"rainy_image/{i}_{v}.jpg": f"ground_truth/{i}.jpg" for i in (901, 902) for v in range(1, 15)},
+    "Rain100H, one folder": {f"rain-{i:03}.png": f"norain-{i:03}.png" for i in (1, 2, 100)},
+    "Rain100L, two folders": {f"rainy/rain-{i:03}.png": f"norain-{i:03}.png" for i in (1, 2)},
+    "SPA-Data, training": {
+        f"real_world/{i}/{i}_rain_{v:03}.png": f"real_world_gt/{i}/{i}_gt.png" for i in (501, 502) for v in range(3)
+    },
+    "SPA-Data, test": {f"rain/{i:03}.png": f"gt/{i:03}gt.png" for i in range(3)},
+    "Rain12": {f"{i:03}_in.png": f"{i:03}_GT.png" for i in (1, 2, 12)},
+    "redistributed": {f"input/{i}.png": f"target/{i}.png" for i in (1, 2, 10)},
+}
+
+
+def make(root, files):
+    """Writes every file as a picture of its own."""
+    for number, name in enumerate(dict.fromkeys([*files, *files.values()])):
+        image = np.full((18, 20, 3), number, np.uint8)
+        image[:9] = 255 - number
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / name)
+
+
+@pytest.fixture
+def source(tmp_path):
+    make(tmp_path / "source", DISTRIBUTIONS["DDN-Data"])
+    return tmp_path / "source"
+
+
+def failure(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        prepare.main([str(argument) for argument in arguments])
+    return str(caught.value.code)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_become_pairs_of_the_same_files(tmp_path, name, copy):
+    files = DISTRIBUTIONS[name]
+    make(tmp_path / "source", files)
+    prepare.main([str(tmp_path / "source"), str(tmp_path / "set"), *(["--copy"] if copy else [])])
+    pairs = find_pairs(tmp_path / "set")
+    expected = {
+        ((tmp_path / "source" / a).read_bytes(), (tmp_path / "source" / b).read_bytes()) for a, b in files.items()
+    }
+    assert {(pair.input.read_bytes(), pair.target.read_bytes()) for pair in pairs} == expected
+    assert len(pairs) == len(files) and len({pair.target for pair in pairs}) == len(set(files.values()))
+    assert all(pair.input.is_symlink() != copy for pair in pairs)
+
+
+@pytest.mark.parametrize("clean_half", ["left", "right"])
+def test_halves_are_split_without_changing_a_pixel(tmp_path, clean_half):
+    image = np.random.default_rng(0).integers(0, 255, (20, 48, 3), dtype=np.uint8)
+    for folder in ("Rain_Light", "Rain_Heavy"):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "source" / folder / "1.jpg")
+    prepare.main([str(tmp_path / "source"), str(tmp_path / "set"), "--clean_half", clean_half])
+    pairs = find_pairs(tmp_path / "set")
+    whole = read_image(tmp_path / "source" / "Rain_Light" / "1.jpg")
+    assert len(pairs) == 2
+    halves = [read_image(path) for path in (pairs[0][:2] if clean_half == "right" else pairs[0][1::-1])]
+    assert np.array_equal(np.concatenate(halves, axis=1), whole)
+
+
+def test_a_list_of_pairs_is_followed(tmp_path):
+    make(tmp_path, {"a/7.png": "b/x.png", "a/8.png": "b/x.png", "a/9.png": "b/y_gt.png"})
+    (tmp_path / "list.txt").write_text("/a/7.png /b/x.png\na/8.png b/x.png\n\n./a/9.png ./b/y_gt.png\n")
+    prepare.main([str(tmp_path / "list.txt"), str(tmp_path / "set")])
+    names = {(pair.input.resolve().name, pair.target.resolve().name) for pair in find_pairs(tmp_path / "set")}
+    assert names == {("7.png", "x.png"), ("8.png", "x.png"), ("9.png", "y_gt.png")}
+    (tmp_path / "list.txt").write_text("a/7.png b/none.png")
+    assert "none.png" in failure(tmp_path / "list.txt", tmp_path / "other")
+    (tmp_path / "list.txt").write_text("a/7.png")
+    assert "line 1" in failure(tmp_path / "list.txt", tmp_path / "other")
+
+
+def test_a_second_run_changes_nothing(source, tmp_path):
+    for _ in range(2):
+        prepare.main([str(source), str(tmp_path / "set")])
+    for _ in range(2):
+        prepare.main([str(source), str(tmp_path / "copy"), "--copy"])
+    assert len(find_pairs(tmp_path / "set")) == len(find_pairs(tmp_path / "copy")) == 28
+
+
+def test_what_is_there_is_never_replaced(source, tmp_path):
+    write_png(tmp_path / "set" / "input" / "901_1.jpg", np.zeros((16, 16, 3), np.uint8))
+    before = (tmp_path / "set" / "input" / "901_1.jpg").read_bytes()
+    for options in ([], ["--copy"]):
+        assert "is there already" in failure(source, tmp_path / "set", *options)
+    assert (tmp_path / "set" / "input" / "901_1.jpg").read_bytes() == before
+
+
+def test_left_over_and_unknown_pictures_are_named(source, tmp_path):
+    (source / "ground_truth" / "902.jpg").unlink()
+    assert "14 pictures belong to no pair" in failure(source, tmp_path / "set")
+    assert len(find_pairs(tmp_path / "set")) == 14
+    shutil.rmtree(source / "ground_truth")
+    assert "like none of the distributions" in failure(source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_pictures_of_one_name_are_refused(tmp_path):
+    make(tmp_path / "source", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})
+    assert "have one name" in failure(tmp_path / "source", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
