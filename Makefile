@@ -14,8 +14,8 @@ DEMO := checkpoints/Deraininig/models/demo
 demo: $(VENV)/.requirements.txt
 	$(BIN)/python train.py --dataset demo
 	$(BIN)/python test.py --input_dir Datasets/demo/test/input --target_dir Datasets/demo/test/target \
-		--weights $(DEMO)/model_best.pth --output_dir results/demo --panel results/demo/panel.png
-	@echo "Look at results/demo/panel.png: rainy, derained, clean."
+		--weights $(DEMO)/model_best.pth --output_dir results/demo --panel results/demo_panel.png
+	@echo "Look at results/demo_panel.png: rainy, derained, clean."
 
 test: $(VENV)/.requirements-dev.txt
 	$(BIN)/ruff check .
@@ -30,6 +30,6 @@ $(BIN)/python:
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.%.txt: %.txt requirements.txt | $(BIN)/python
+$(VENV)/.%.txt: %.txt requirements.txt requirements-extras.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@

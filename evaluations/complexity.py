@@ -1,0 +1,94 @@
+"""Size and speed of the networks, as papers' tables list them.
+
+python evaluations/complexity.py --size 256 256
+
+Parameters; multiply-adds, time and peak memory of one picture through the test procedure (256×256 windows). Time is
+the median after a warm-up; memory is what the picture needs above the weights.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python evaluations/complexity.py`
+
+import model
+from utils.checkpoint import network_name
+from utils.devices import choose_device
+from utils.environment import software
+from utils.errors import UserError, reports_errors
+from utils.inference import derain
+
+NETWORKS = ("nerd_rain_s", "nerd_rain", "nerd_rain_mprnet")
+
+
+def peak_memory(device):
+    """The most memory in MiB that this process has held: on the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure(network, height, width, device, repeats):
+    """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
+    net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    weights = peak_memory(device)
+    derain(net, picture)  # warms up, before anything else can raise the peak
+    memory = peak_memory(device) - weights
+    with FlopCounterMode(display=False) as counter:
+        derain(net, picture)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        derain(net, picture)  # ends with the picture on the CPU
+        seconds.append(time.perf_counter() - start)
+    return {
+        "network": network_name(net),
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "seconds": statistics.median(seconds),
+        "memory_mib": memory,
+    }
+
+
+@reports_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NETWORK")
+    parser.add_argument("--size", nargs=2, type=int, default=(256, 256), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    args = parser.parse_args(argv)
+    if min(*args.size, args.repeats) < 1:
+        raise UserError("--size and --repeats must be at least 1.")
+    device = choose_device(args.gpus)
+    height, width = args.size
+    print(f"| network | parameters (M) | multiply-adds (G) | seconds a picture | memory (MiB) |\n|{'---|' * 5}")
+    for network in args.networks:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                found = pool.submit(measure, network, height, width, device, args.repeats).result()
+            except BrokenProcessPool:
+                raise UserError(f"{network} ended without a word, probably for lack of memory.") from None
+        print(
+            f"| {found['network']} | {found['parameters'] / 1e6:.2f} | {found['multiply_adds'] / 1e9:.2f} | "
+            f"{found['seconds']:.3f} | {found['memory_mib']:.0f} |",
+            flush=True,
+        )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"one {height}×{width} picture on {where}, float32, PyTorch {software()['torch']}, median of {args.repeats}")
+
+
+if __name__ == "__main__":
+    main()
