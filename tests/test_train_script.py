@@ -303,7 +303,8 @@ def test_presets_are_the_authors_and_can_be_overridden():
     args = train.parse_args(["--dataset", "DID-Data", "--batch_size", "3"])
     assert (args.num_epochs, args.patch_size, args.batch_size, args.lr) == (200, 256, 3, 1e-4)
     assert (args.train_dir, args.val_dir) == ("Datasets/DID-Data/train", "Datasets/DID-Data/test")
-    assert {name: DATASETS[name].num_epochs for name in DATASETS if name != "demo"} == {
+    epochs = {name: recipe.num_epochs for name, recipe in DATASETS.items() if recipe.num_epochs and name != "demo"}
+    assert epochs == {
         "Rain200L": 600,
         "Rain200H": 600,
         "DID-Data": 200,
