@@ -15,6 +15,7 @@ from torchvision.transforms.functional import adjust_saturation, center_crop
 
 from utils.errors import UserError, listed
 from utils.images import find_pictures, is_picture, read_image, reflect_pad, to_tensor
+from utils.rain import add_rain
 
 
 class Pair(NamedTuple):
@@ -39,6 +40,17 @@ class Pair(NamedTuple):
             sizes = [f"{path} ({i.shape[1]}×{i.shape[0]})" for path, i in ((self.input, rainy), (self.target, clean))]
             raise UserError(f"{sizes[0]} and {sizes[1]} are not of one size: replace or remove this pair.")
         return rainy, clean
+
+
+class Photo(NamedTuple):
+    """Path of a photograph without rain, to which training adds rain of its own."""
+
+    input: Path
+
+    def read(self):
+        """-> the photograph twice, H×W×3 uint8."""
+        image = read_image(self.input)
+        return image, image
 
 
 class Recipe(NamedTuple):
@@ -190,6 +202,7 @@ MOVES = [  # nine equally likely moves, two of which leave the patch alone
 class TrainingPatches(Dataset):
     """Randomly cropped and augmented patches: dicts of "input" and "target", 3×P×P in [0, 1], and the file's "name".
 
+    `pairs` may also hold photographs without rain, as Photo: their patches get synthetic rain, another in every epoch.
     The index counts the samples of a whole run, epoch · len(self) + picture. It seeds all random choices, so that a
     sample does not depend on workers, processes or on where a run was interrupted.
     """
@@ -209,7 +222,10 @@ class TrainingPatches(Dataset):
         saturation = rng.uniform(0.8, 1.2) if rng.integers(3) == 1 else None
         y, x = (rng.integers(side - size + 1) for side in rainy.shape[:2])
         move = MOVES[rng.integers(9)]
-        rainy, clean = (to_tensor(move(image[y : y + size, x : x + size])) for image in (rainy, clean))
+        rainy, clean = (move(image[y : y + size, x : x + size]) for image in (rainy, clean))
+        if isinstance(pair, Photo):
+            rainy = add_rain(clean, rng)
+        rainy, clean = to_tensor(rainy), to_tensor(clean)
         if saturation:
             rainy, clean = (adjust_saturation(patch, saturation) for patch in (rainy, clean))
         return {"input": rainy, "target": clean, "name": str(pair.input)}

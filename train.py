@@ -29,6 +29,7 @@ import model
 from dataset_RGB import (
     DATASETS,
     EpochSampler,
+    Photo,
     TrainingPatches,
     ValidationPatches,
     find_pairs,
@@ -41,6 +42,7 @@ from losses import DerainLoss
 from utils.checkpoint import build_network, load_checkpoint, network_name, save_checkpoint
 from utils.devices import end_processes, largest_over_processes, start_processes, sum_over_processes
 from utils.errors import UserError, reports_errors
+from utils.images import find_pictures
 from utils.run_log import RunLog, describe
 
 NETWORKS = ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet")
@@ -48,6 +50,7 @@ WARMUP_EPOCHS = 3
 MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
+TRAIN_DIR = "Datasets/Rain200L/train"
 PANELS = 4  # validation pictures shown in TensorBoard
 warnings.filterwarnings("ignore", "To get the last learning rate")  # how warmup-scheduler asks for it
 
@@ -63,8 +66,10 @@ def parse_args(argv=None):
 
     presets = [name for name, recipe in DATASETS.items() if recipe.num_epochs]
     add("dataset", choices=presets, help="preset of folders, session, network and recipe for one data set")
-    add("train_dir", "Datasets/Rain200L/train", "folder of input/ and target/, or see --clean_half")
+    add("train_dir", help=f"folder of input/ and target/, or see --clean_half (default: {TRAIN_DIR}, if no clean_dir)")
     add("val_dir", "Datasets/Rain200L/test", "the same for validation, which chooses model_best.pth")
+    add("clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, beside the pairs of train_dir")
+    add("clean_repeats", 1, "how often each of them comes in an epoch, with another rain each time", metavar="N")
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
     add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
     add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
@@ -91,7 +96,9 @@ def parse_args(argv=None):
         for name in ("num_epochs", "patch_size", "batch_size", "lr", "clip_grad", "ema"):
             parser.set_defaults(**{name: getattr(recipe, name)})
     args = parser.parse_args(argv)
-    for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate"):
+    if not args.train_dir and not args.clean_dir:
+        args.train_dir = TRAIN_DIR
+    for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate", "clean_repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.patch_size % model.MULTIPLE:
@@ -109,16 +116,19 @@ def parse_args(argv=None):
 
 
 def find_data(args):
-    """-> training pairs, validation pairs."""
+    """-> what to train on, pairs and photographs; validation pairs."""
     if args.dataset and not Path(args.train_dir).is_dir():
         raise UserError(
             f"{args.train_dir} does not exist: {how_to_get(args.dataset)} To try training without a download: "
             "bash train.sh demo"
         )
-    pairs = find_pairs(args.train_dir, args.clean_half)
+    pairs = find_pairs(args.train_dir, args.clean_half) if args.train_dir else []
+    photos = [Photo(path) for path in find_pictures(args.clean_dir)[0]] if args.clean_dir else []
     if args.hold_out:
-        return hold_out(pairs, args.hold_out, args.seed)
-    return pairs, find_pairs(args.val_dir, args.clean_half)
+        pairs, validation = hold_out(pairs, args.hold_out, args.seed)
+    else:
+        validation = find_pairs(args.val_dir, args.clean_half)
+    return pairs + args.clean_repeats * photos, validation
 
 
 def make_network(args, latest, checkpoint):

@@ -4,41 +4,68 @@ import pytest
 from dataset_RGB import find_pairs
 from utils import rain
 from utils.images import read_image, write_png
-from utils.rain import add_rain, rain_layer, streak_kernel
+from utils.rain import STYLES, add_rain, haze, streak_kernel, streaks
 
 GREY = np.full((120, 160, 3), 90, np.uint8)
 
 
+def rain_on(picture, seed, style=None):
+    return add_rain(picture, np.random.default_rng(seed), style)
+
+
 def test_a_seed_gives_one_rain_and_another_gives_another():
-    first, again, other = (add_rain(GREY, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    for style in (None, *STYLES):
+        assert np.array_equal(rain_on(GREY, 1, style), rain_on(GREY, 1, style))
+        assert not np.array_equal(rain_on(GREY, 1, style), rain_on(GREY, 2, style))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_rain_is_visible_and_only_brightens(seed):
-    rainy = add_rain(GREY, np.random.default_rng(seed))
-    assert rainy.shape == GREY.shape and rainy.dtype == np.uint8
-    assert (rainy >= GREY).all()
-    brighter = (rainy > GREY + 10).mean()
-    assert 0.01 < brighter < 0.98
+@pytest.mark.parametrize("style", STYLES)
+def test_rain_brightens_and_leaves_gaps(style):
+    for seed in range(12):
+        rainy = rain_on(GREY, seed, style)
+        assert rainy.shape == GREY.shape and rainy.dtype == np.uint8
+        assert rainy.mean() > GREY.mean() and (rainy > 110).mean() > 0.002
+        if style != "deep":  # which has haze everywhere
+            assert np.percentile(rainy, 2) < 110
+
+
+def test_styles_differ_in_strength():
+    strength = {s: np.mean([rain_on(GREY, seed, s).mean() for seed in range(30)]) for s in STYLES}
+    assert strength["light"] == min(strength.values()) and strength["heavy"] > strength["light"] + 10
+
+
+def test_all_styles_are_drawn_by_their_shares():
+    assert sum(style.share for style in STYLES.values()) == pytest.approx(1)
+    assert all(style.share > 0 for style in STYLES.values())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 200), (64, 64)])
+def test_pictures_of_any_size_get_rain(size):
+    for seed in range(6):
+        assert rain_on(np.zeros((*size, 3), np.uint8), seed).shape == (*size, 3)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_layer_is_an_opacity(seed):
-    layer = rain_layer(60, 80, np.random.default_rng(seed))
-    assert layer.shape == (60, 80) and layer.min() >= 0 and 0.1 < layer.max() <= 1
+    for style in STYLES.values():
+        layer = streaks(60, 80, style, 10, np.random.default_rng(seed))
+        assert layer.shape == (60, 80) and layer.min() >= 0 and layer.max() <= style.opacity[1]
+        veil = haze(60, 80, 0.4, np.random.default_rng(seed))
+        assert veil.shape == (60, 80) and veil.min() >= 0 and 0 < veil.max() <= 0.4
 
 
 @pytest.mark.parametrize("angle", [-30, 0, 20])
-def test_streaks_have_their_direction_and_length(angle):
-    kernel = streak_kernel(31, 0.7, angle)
-    assert kernel.sum() == pytest.approx(1, abs=1e-5)
+def test_streaks_have_their_direction_length_and_width(angle):
+    kernel = streak_kernel(31, 1.5, angle)
+    assert kernel.max() == pytest.approx(1)
+    weights = kernel / kernel.sum()
     y, x = np.mgrid[: kernel.shape[0], : kernel.shape[1]] - kernel.shape[0] // 2
-    moments = np.array([[(kernel * a * b).sum() for b in (x, y)] for a in (x, y)])
+    moments = np.array([[(weights * a * b).sum() for b in (x, y)] for a in (x, y)])
     variances, directions = np.linalg.eigh(moments)
     found = np.degrees(np.arctan2(directions[0, 1], directions[1, 1]))
     assert (found - angle + 90) % 180 - 90 == pytest.approx(0, abs=2)
     assert np.sqrt(12 * variances[1]) == pytest.approx(31, rel=0.15)
+    assert np.sqrt(variances[0]) == pytest.approx(1.5, rel=0.05)
 
 
 @pytest.mark.parametrize("names", [("IMG.png", "IMG_1.png"), ("a.png", "a.bmp")])

@@ -3,10 +3,15 @@
     python -m utils.rain photos/ Datasets/mine/train --versions 4
 
 writes photos/NAME.* as target/NAME.png and its rainy versions as input/NAME_1.png, input/NAME_2.png, …
+train.py --clean_dir makes them while it trains, new ones in every epoch.
+
+A rainy picture is the clean one behind a veil of distant drops, behind layers of streaks from far to near, as a camera
+with noise and JPEG compression records it. STYLES says how its parameters are drawn.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -16,43 +21,101 @@ from utils.errors import UserError, reports_errors
 from utils.images import find_pictures, read_image, write_png
 
 
+class Style(NamedTuple):
+    """How a kind of rain is drawn: each parameter uniformly between (lowest, highest), or so in its logarithm."""
+
+    share: float  # of the pictures
+    layers: tuple  # number of layers of streaks
+    tilt: tuple  # direction of all layers, degrees off the vertical, to either side
+    spread: tuple  # how far a layer's direction lies from that, degrees to either side
+    length: tuple  # of a streak in pixels; logarithmic
+    width: tuple  # standard deviation across a streak in pixels: a sharp drop to a defocused one; logarithmic
+    density: tuple  # part of the pixels in which a streak is centred; logarithmic
+    opacity: tuple  # of a layer's strongest streaks
+    brightness: tuple  # of the streaks, 1 being white
+    veil: tuple = (0, 0)  # how much of the farthest part of the scene is lost in haze
+
+
+STYLES = {
+    # fine streaks in one direction: Rain12, Rain100L, Rain200L
+    "light": Style(0.4, (1, 2), (0, 30), (0, 2), (6, 45), (0.35, 0.9), (8e-4, 1.2e-2), (0.15, 0.8), (0.6, 1)),
+    # overlapping streaks in five directions: Rain100H, Rain200H
+    "heavy": Style(0.2, (3, 6), (0, 20), (5, 45), (12, 60), (0.4, 1.2), (1e-3, 6e-3), (0.3, 0.8), (0.7, 1)),
+    # thick showers of soft streaks: Rain800, DID-Data, DDN-Data
+    "shower": Style(0.3, (1, 3), (0, 40), (0, 8), (8, 50), (0.5, 1.5), (3e-3, 2e-2), (0.1, 0.5), (0.7, 1)),
+    # all depths at once, from haze to defocused drops before the lens: photographs of real rain
+    "deep": Style(0.1, (3, 5), (0, 25), (0, 5), (2, 80), (0.35, 3), (1e-3, 3e-2), (0.05, 0.45), (0.6, 0.95), (0, 0.45)),
+}
+
+
 def streak_kernel(length, width, angle):
-    """The mark of one falling drop: a line of `length` × `width` pixels, `angle` degrees off the vertical, sum 1."""
-    side = int(length) // 2 * 2 + 3
-    kernel = np.zeros((side, side), np.float32)
-    centre = np.array([side // 2, side // 2])
-    half = length / 2 * np.array([np.sin(np.radians(angle)), np.cos(np.radians(angle))])
-    sixteenths = [tuple(round(16 * float(v)) for v in end) for end in (centre - half, centre + half)]
-    cv2.line(kernel, *sixteenths, 1.0, thickness=1, lineType=cv2.LINE_AA, shift=4)
-    kernel = cv2.GaussianBlur(kernel, (0, 0), width)
-    return kernel / kernel.sum()
+    """The mark of one falling drop: a line of `length` × `width` pixels, `angle` degrees off the vertical, peak 1."""
+    side = 2 * int(np.ceil(length / 2 + 3 * width)) + 1
+    y, x = np.mgrid[:side, :side].astype(np.float32) - side // 2
+    sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
+    along, across = np.abs(x * sine + y * cosine), x * cosine - y * sine
+    beyond = np.maximum(along - length / 2, 0)  # the ends are as soft as the sides
+    return np.exp(-(across**2 + beyond**2) / (2 * width**2)).astype(np.float32)
 
 
-def rain_layer(height, width, rng):
-    """One depth of rain as blurred noise -> H×W float32 opacity in [0, 1].
-
-    Drawn from the NumPy generator `rng`: direction within ±35° of the vertical, length 9–45 pixels, width 0.4–1.1
-    (standard deviation), density 0.1–0.8 % of the pixels start a streak, opacity 0.3–0.8.
-    """
-    angle, length = rng.uniform(-35, 35), rng.uniform(9, 45)
-    kernel = streak_kernel(length, rng.uniform(0.4, 1.1), angle)
-    density, opacity = rng.uniform(0.001, 0.008), rng.uniform(0.3, 0.8)
-    drops = (rng.random((height, width)) < density) * rng.uniform(0.3, 1, (height, width))
-    streaks = cv2.filter2D(drops.astype(np.float32), -1, kernel, borderType=cv2.BORDER_REFLECT)
-    return np.clip(opacity * streaks / kernel.max(), 0, 1)
+def logarithmic(rng, bounds):
+    return float(np.exp(rng.uniform(*np.log(bounds))))
 
 
-def add_rain(clean, rng):
-    """H×W×3 uint8 -> the same picture in rain, likewise: one or two layers of streaks, screen-blended.
+def streaks(height, width, style, direction, rng, kinds=3):
+    """One depth of rain -> H×W float32 opacity in [0, 1]. Its drops are of `kinds` lengths and directions, a little
+    apart, and each of a brightness of its own."""
+    length, thickness = logarithmic(rng, style.length), logarithmic(rng, style.width)
+    density = logarithmic(rng, style.density) / max(1, length * thickness / 15)  # large drops are fewer
+    margin = int(np.ceil(length))
+    layer = np.zeros((height + 2 * margin, width + 2 * margin), np.float32)
+    for _ in range(kinds):
+        drops = (rng.random(layer.shape, np.float32) < density / kinds) * rng.random(layer.shape, np.float32)
+        kernel = streak_kernel(length * rng.uniform(0.7, 1.3), thickness, direction + rng.normal(0, 1.5))
+        layer += cv2.filter2D(drops, -1, kernel)
+    return np.clip(layer[margin : margin + height, margin : margin + width], 0, 1) * rng.uniform(*style.opacity)
+
+
+def haze(height, width, strength, rng):
+    """A veil that is thickest far away, which is mostly up in a picture -> H×W float32 opacity in [0, strength]."""
+    depth = np.linspace(1, 0, 4)[:, None] * rng.uniform(0, 1) + rng.random((4, 4))
+    depth = cv2.resize(depth.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(depth / 2, 0, 1) * strength
+
+
+def camera(picture, rng):
+    """Sensor noise (a third of the pictures, σ up to 5 levels) and JPEG artefacts (a third, quality 60 to 95)."""
+    if rng.random() < 1 / 3:
+        picture = picture + rng.normal(0, rng.uniform(0.5, 5), picture.shape)
+    picture = np.clip(np.round(picture), 0, 255).astype(np.uint8)
+    if rng.random() < 1 / 3:
+        encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))])[1]
+        picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    return picture
+
+
+def add_rain(clean, rng, style=None):
+    """H×W×3 uint8 -> the same picture in rain, likewise. `style` is one of STYLES; None draws one by their shares.
 
     `rng` is a NumPy generator; the same state gives the same rain.
     """
-    through = np.ones(clean.shape[:2], np.float32)
-    for _ in range(rng.integers(1, 3)):
-        through *= 1 - 0.9 * rain_layer(*clean.shape[:2], rng)
-    bright = rng.uniform(0.75, 0.95)  # streaks are a little darker than white
-    rainy = clean * through[..., None] + np.maximum(clean, 255 * bright) * (1 - through[..., None])
-    return np.round(rainy).astype(np.uint8)
+    names, shares = list(STYLES), [style.share for style in STYLES.values()]
+    style = STYLES[style or names[rng.choice(len(names), p=shares)]]
+    height, width = clean.shape[:2]
+    picture = clean.astype(np.float32)
+    veil = haze(height, width, rng.uniform(*style.veil), rng)[..., None]
+    light = 255 * rng.uniform(*style.brightness)
+    picture += veil * (light - picture)
+    direction = rng.choice((-1, 1)) * rng.uniform(*style.tilt)
+    additive = rng.random() < 0.5
+    for _ in range(rng.integers(style.layers[0], style.layers[1] + 1)):
+        angle = direction + rng.choice((-1, 1)) * rng.uniform(*style.spread)
+        layer = streaks(height, width, style, angle, rng)[..., None]
+        if additive:  # as drops that only add light
+            picture += layer * light
+        else:  # as drops that hide what is behind them and are never darker than it
+            picture += layer * np.maximum(light - picture, 0)
+    return camera(picture, rng)
 
 
 @reports_errors
