@@ -3,6 +3,7 @@
 python dataset_RGB.py Datasets/Rain200L        says what a data set holds and what is wrong with it
 """
 
+import os
 import re
 import signal
 from collections import defaultdict
@@ -88,9 +89,12 @@ DATASETS = {
 
 
 def known_dataset(path):
-    """The name in DATASETS that a path belongs to, as Datasets/Rain200L/test/target does to Rain200L, or None."""
-    names = {name.lower(): name for name in DATASETS}
-    return next((names[part.lower()] for part in reversed(Path(path).resolve().parts) if part.lower() in names), None)
+    """The name in DATASETS of the data set that a folder belongs to: Rain200L of Datasets/Rain200L/test/target and of
+    results/NeRD-Rain/Rain200L. None if it has another name."""
+    parts = [part.lower() for part in Path(os.path.abspath(path)).parts]
+    while parts and parts[-1] in ("train", "test", "input", "target"):
+        parts.pop()
+    return next((name for name in DATASETS if parts and name.lower() == parts[-1]), None)
 
 
 def how_to_get(dataset):
@@ -129,6 +133,8 @@ def match_by_name(inputs, targets, input_root, target_root):
         if len(paths) > 1:
             problems.append(f"{' and '.join(map(str, paths))} have one name")
     for name, paths in rainy.items():
+        if len(paths) > 1:
+            continue
         candidates = [name.parent / candidate for candidate in target_names(name.name)]
         # A picture that another rainy one is named after is not the clean one of this, too.
         fitting = [c for c in candidates if c in clean and (c == name or c not in rainy)]

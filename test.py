@@ -4,8 +4,6 @@ python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
 """
 
 import argparse
-import errno
-import logging
 import sys
 from pathlib import Path
 
@@ -19,14 +17,13 @@ from evaluations.metrics import psnr_ssim
 from model import MULTIPLE
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
-from utils.errors import UserError, reports_errors, sentence
-from utils.files import write_csv
+from utils.errors import UserError, listed, reports_errors, sentence
+from utils.files import disk_failed, write_csv
 from utils.images import contact_sheet, find_pictures, read_image, write_png
 from utils.inference import derain_file
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")
 
 
@@ -95,15 +92,9 @@ def write_table(rows, path):
     write_csv(path, COLUMNS, rows)
 
 
-def disk_failed(error):
-    """Whether a UserError comes from a disk that takes no further picture either."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_ERRORS
-
-
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = choose_device(args.gpus)
     net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
@@ -137,8 +128,8 @@ def main(argv=None):
     if panel:
         write_png(args.panel, contact_sheet(panel))
     if problems or unpaired:
-        listed = "".join(f"\n  {problem}" for problem in [*problems.values(), *unpaired])
-        sys.exit(f"error: all is done but for {len(problems) + len(unpaired)} pictures:{listed}")
+        lines = [*problems.values(), *unpaired]
+        sys.exit(f"error: all is done but for {len(lines)} pictures:{listed(lines, len(lines))}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the median after a warm-up; memory is what the picture needs above the weights.
 """
 
 import argparse
+import re
 import resource
 import statistics
 import sys
@@ -33,10 +34,13 @@ NETWORKS = ("nerd_rain_s", "nerd_rain", "nerd_rain_mprnet")
 
 
 def peak_memory(device):
-    """The most memory in MiB that this process has held: on the GPU, or of the whole process."""
+    """The most memory in MiB that this process has held: on the GPU, or in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage also counts what the process was started from
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def measure(network, height, width, device, repeats):
@@ -79,8 +83,11 @@ def main(argv=None):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
                 found = pool.submit(measure, network, height, width, device, args.repeats).result()
-            except BrokenProcessPool:
-                raise UserError(f"{network} ended without a word, probably for lack of memory.") from None
+            except (BrokenProcessPool, MemoryError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"{network} could not run at {height}×{width}: {reason} Try a smaller --size."
+                ) from error
         print(
             f"| {found['network']} | {found['parameters'] / 1e6:.2f} | {found['multiply_adds'] / 1e9:.2f} | "
             f"{found['seconds']:.3f} | {found['memory_mib']:.0f} |",

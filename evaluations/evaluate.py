@@ -8,8 +8,8 @@ evaluation_<protocol>.json (the summary) into --output.
 
 import argparse
 import math
-import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,11 +37,10 @@ def clean_folder(root):
 def pair_results(results, targets):
     """Pairs derained with clean pictures by name -> list of dataset_RGB.Pair, list of sentences on what has no partner.
 
-    One folder may hold both: N_DR is then the derained picture of N_GT, as in the MATLAB scripts for DID-Data and
-    DDN-Data.
+    Where rainy pictures lie in input/ beside target/, each of them must have its result. One folder may hold both: N_DR
+    is then the derained picture of N_GT, as in the MATLAB scripts for DID-Data and DDN-Data.
     """
-    targets = clean_folder(targets)
-    (results, results_root), (targets, targets_root) = find_pictures(results), find_pictures(targets)
+    (results, results_root), (targets, targets_root) = find_pictures(results), find_pictures(clean_folder(targets))
     if results_root.resolve() == targets_root.resolve():
         results = [path for path in results if path.stem.endswith("_DR")]
         targets = [path for path in targets if path.stem.endswith("_GT")]
@@ -50,8 +49,18 @@ def pair_results(results, targets):
                 f"{results_root} was given as results and as targets: that needs pictures named N_DR and N_GT."
             )
     pairs, problems = match_by_name(results, targets, results_root, targets_root)
-    used = {pair.target for pair in pairs}
-    problems += [f"{path} has no derained picture in {results_root}" for path in targets if path not in used]
+    found, wanted = Counter(pair.target for pair in pairs), Counter(targets)
+    inputs_root = targets_root.with_name("input")
+    if targets_root.name == "target" and inputs_root.is_dir():
+        inputs = find_pictures(inputs_root)[0]
+        wanted |= Counter(pair.target for pair in match_by_name(inputs, targets, inputs_root, targets_root)[0])
+    for target in targets:
+        if not found[target]:
+            problems.append(f"{target} has no derained picture in {results_root}")
+        elif found[target] < wanted[target]:
+            problems.append(
+                f"{target} has {found[target]} derained pictures in {results_root}, but {wanted[target]} rainy ones"
+            )
     return pairs, problems
 
 
@@ -71,10 +80,17 @@ def measure_pairs(pairs, protocol, all_columns=False):
         except UserError as error:
             return None, str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and filtering leave the interpreter free
+    with ThreadPoolExecutor() as pool:  # decoding and filtering leave the interpreter free
         outcomes = list(tqdm(pool.map(attempt, pairs), total=len(pairs), unit="picture", disable=None, leave=False))
     rows = [(pair.input, values) for pair, (values, _) in zip(pairs, outcomes) if values]
     return rows, [problem for _, problem in outcomes if problem]
+
+
+def count_problem(count, dataset):
+    """-> list of a sentence if this is not the number of pictures that a known data set has."""
+    if dataset is None or count == DATASETS[dataset].test_pairs:
+        return []
+    return [f"{count} pictures were measured, {dataset} has {DATASETS[dataset].test_pairs}"]
 
 
 def of_expected(count, dataset):
@@ -122,7 +138,7 @@ def print_summary(rows, summary):
         print(line.format(name, width, *numbers))
     print(f"{of_expected(len(rows), summary['dataset'])}, protocol {summary['protocol']}")
     if summary["identical_pictures"]:
-        print(f"{summary['identical_pictures']} results are identical to their clean pictures: are they results?")
+        print(f"identical to their clean pictures: {summary['identical_pictures']}. Are these results?")
 
 
 def parse_args(argv=None):
@@ -150,11 +166,10 @@ def main(argv=None):
     measured, unmeasured = measure_pairs(pairs, args.protocol, all_columns=True)
     root = find_pictures(args.results)[1]
     rows = [(str(path.relative_to(root)), values) for path, values in measured]
-    problems = [*unpaired, *unmeasured]
-    count = of_expected(len(rows), args.dataset)
+    problems = [*unpaired, *unmeasured, *count_problem(len(rows), args.dataset)]
     if problems and not (rows and args.go_on):
-        hint = f" To average over {count} all the same, say --go_on." if rows else ""
-        raise UserError(f"{len(problems)} pictures cannot be measured:{listed(problems, 20)}\nMend that.{hint}")
+        hint = f" To average over {of_expected(len(rows), args.dataset)} all the same, say --go_on." if rows else ""
+        raise UserError(f"the results are not complete:{listed(problems, 20)}\nMend that.{hint}")
     summary = {**summarise(rows, args.protocol, args.dataset), "left_out": problems}
     print_summary(rows, summary)
     if problems:

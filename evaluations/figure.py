@@ -2,19 +2,18 @@
 
 import argparse
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from dataset_RGB import DATASETS, match_by_name
-from evaluations.evaluate import clean_folder
+from evaluations.evaluate import pair_results
 from evaluations.metrics import psnr_ssim
 from evaluations.table import paper_scores
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.images import find_pictures, read_image
+from utils.images import find_pictures, holds_pictures, read_image
 
 COLUMN = 1.5  # inches
 
@@ -47,48 +46,54 @@ def strongest_rain(rainy, clean):
     return int(x), int(y), side, side
 
 
-def picture_named(name, folder):
-    """The one picture in a folder with this name, with or without its ending; None if there is none."""
-    if not folder.is_dir():
-        return None
+def rainy_picture(choice, folder):
+    """The path of the chosen rainy picture, named with or without its ending."""
     paths, root = find_pictures(folder)
     names = {str(path.relative_to(root).with_suffix("")): path for path in paths}
-    return names.get(name) or names.get(str(Path(name).with_suffix("")))
+    names |= {str(path.relative_to(root)): path for path in paths}
+    if choice.picture not in names:
+        raise UserError(f"{folder} has no picture named {choice.picture}.")
+    return names[choice.picture]
+
+
+def result_of(rainy, target, results, targets):
+    """The path of a method's result for a rainy picture, found as its results are measured; None if there is none."""
+    paths = [pair.input for pair in pair_results(results, targets)[0] if pair.target == target]
+    same_name = [path for path in paths if path.stem == rainy.stem]
+    return (same_name or (paths if len(paths) == 1 else [None]))[0]
 
 
 def collect(choice, data_dir, results_dir):
-    """-> dict of "Rainy", methods and "Clean" -> picture, H×W×3 uint8."""
+    """-> dict of "Rainy", methods and "Clean" -> picture, H×W×3 uint8. Methods without this picture are named."""
     test = data_dir / choice.dataset / "test"
-    rainy = picture_named(choice.picture, test / "input")
-    if rainy is None:
-        raise UserError(f"{test / 'input'} has no picture named {choice.picture}.")
-    clean_paths, clean_root = find_pictures(clean_folder(data_dir / choice.dataset))
+    rainy = rainy_picture(choice, test / "input")
+    clean_paths, clean_root = find_pictures(test / "target")
     pairs, problems = match_by_name([rainy], clean_paths, test / "input", clean_root)
     if not pairs:
         raise UserError(problems[0])
+    clean = pairs[0].target
     known = list(dict.fromkeys(method for _, method in paper_scores()))
     methods = sorted(
-        (folder.parent.name for folder in results_dir.glob(f"*/{choice.dataset}")),
+        (folder.parent.name for folder in results_dir.glob(f"*/{choice.dataset}") if holds_pictures(folder)),
         key=lambda method: (known.index(method) if method in known else len(known), method),
     )
-    name = str(rainy.relative_to(test / "input").with_suffix(""))
-    found = {method: picture_named(name, results_dir / method / choice.dataset) for method in methods}
-    paths = {"Rainy": rainy, **{method: path for method, path in found.items() if path}, "Clean": pairs[0].target}
-    pictures = {name: read_image(path) for name, path in paths.items()}
+    paths = {"Rainy": rainy}
+    for method in methods:
+        paths[method] = result_of(rainy, clean, results_dir / method / choice.dataset, test / "target")
+        if paths[method] is None:
+            print(f"{method} has no picture of {choice.dataset}/{choice.picture}")
+    paths["Clean"] = clean
+    pictures = {name: read_image(path) for name, path in paths.items() if path}
     for method, picture in pictures.items():
         if picture.shape != pictures["Clean"].shape:
-            raise UserError(f"{paths[method]} and {paths['Clean']} are not of one size.")
+            raise UserError(f"{paths[method]} and {clean} are not of one size.")
     return pictures
 
 
-def write_comparison(choices, data_dir, results_dir, path):
-    """Draws the chosen pictures, a row each, and writes `path`.png and `path`.pdf."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError:
-        raise UserError("--figure needs matplotlib: pip install matplotlib.") from None
+def draw_comparison(choices, data_dir, results_dir):
+    """Draws the chosen pictures by all methods, two rows each (whole, crop) -> matplotlib Figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     rows = [(choice, collect(choice, data_dir, results_dir)) for choice in choices]
     columns = max(len(pictures) for _, pictures in rows)
@@ -118,6 +123,16 @@ def write_comparison(choices, data_dir, results_dir, path):
             for axes in (whole, zoom):
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
+    return figure
+
+
+def write_comparison(choices, data_dir, results_dir, path):
+    """Draws the chosen pictures by all methods, and writes `path`.png and `path`.pdf."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise UserError("--figure needs matplotlib: pip install matplotlib.") from None
+    figure = draw_comparison(choices, data_dir, results_dir)
     with rc_context({"pdf.fonttype": 42}):  # text that journals accept
         for ending in ("png", "pdf"):
             with atomic_write(f"{path}.{ending}") as file:

@@ -54,15 +54,22 @@ def ssim(x, y):
 
 
 def check(result, target):
-    if result.shape != target.shape or result.ndim != 3 or result.dtype != np.uint8 or target.dtype != np.uint8:
+    """Raises ValueError unless these are two H×W×3 uint8 pictures of one size."""
+    if result.shape != target.shape or result.dtype != np.uint8 or target.dtype != np.uint8:
         raise ValueError(
             "the two pictures must be H×W×3 uint8 arrays of one size, "
             f"not {result.shape} {result.dtype} and {target.shape} {target.dtype}"
         )
+    if result.ndim != 3 or result.shape[2] != 3 or not result.size:
+        raise ValueError(f"the two pictures must be H×W×3 uint8 arrays, not {result.shape}")
 
 
 def psnr_ssim(result, target, protocol):
-    """PSNR in dB and SSIM of two H×W×3 uint8 RGB pictures under the protocol "rain200" or "did"."""
+    """PSNR in dB and SSIM of two H×W×3 uint8 RGB pictures under the protocol "rain200" or "did".
+
+    Identical pictures have infinite PSNR; pictures with a side under 11 pixels (after downsampling) have SSIM NaN.
+    Raises ValueError for anything else than two such pictures of one size.
+    """
     check(result, target)
     if protocol not in PROTOCOLS:
         raise ValueError(f"the protocol must be one of {PROTOCOLS}, not {protocol!r}")

@@ -9,6 +9,7 @@ Result pictures of any method in results/<method>/<data set>/ are measured, too.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,57 +20,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python eval
 
 from dataset_RGB import DATASETS, how_to_get
 from evaluations import figure
-from evaluations.evaluate import clean_folder, measure_pairs, of_expected, pair_results
+from evaluations.evaluate import count_problem, measure_pairs, of_expected, pair_results
 from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
 from utils import download
 from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
-from utils.files import write_csv, write_text
-from utils.images import find_pictures, is_picture
+from utils.files import disk_failed, write_csv, write_text
+from utils.images import find_pictures, holds_pictures
 from utils.inference import derain_file
 
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
 
 
-def holds_pictures(folder):
-    return folder.is_dir() and any(is_picture(path) for path in folder.rglob("*"))
-
-
-def get_weights(model, dataset, args):
-    """The released weights of a model for a data set, fetched if they are not there -> path."""
+def load_released(model, dataset, args):
+    """The network with the released weights for a data set, which are fetched if they are not there."""
     path = args.checkpoints_dir / model / f"{dataset}.pth"
-    if path.exists():
-        return path
     released = next(r for r in read_facts("released_weights.csv") if (r["model"], r["dataset"]) == (model, dataset))
-    source = download.GOOGLE_DRIVE + released["google_drive_file_id"]
-    if args.mirror:
-        source = f"{args.mirror.rstrip('/')}/{model}/{dataset}.pth"
-    print(f"{model} on {dataset}: fetching its weights from {source}")
     try:
-        download.fetch_network(source, path, model)
+        if not path.exists():
+            source = download.GOOGLE_DRIVE + released["google_drive_file_id"]
+            if args.mirror:
+                source = f"{args.mirror.rstrip('/')}/{model}/{dataset}.pth"
+            print(f"{model} on {dataset}: fetching its weights from {source}")
+            download.fetch_network(source, path, model)
+        net = load_network(path)
+        if network_name(net) != model:
+            raise UserError(f"{path} holds {network_name(net)}, not {model}.")
     except UserError as error:
         raise UserError(
             f"{model} on {dataset} needs its weights. {sentence(error)} Download them from\n"
             f"  https://drive.google.com/file/d/{released['google_drive_file_id']}/view or\n"
             f"  {released['baidu_url']} (code {released['baidu_code']})\nand put them at {path}"
         ) from error
-    return path
+    return net
 
 
-def derain_test_set(model, dataset, args):
+def derain_test_set(model, dataset, device, args):
     """Derains what has no result yet; nothing where as many results as pictures are there, whatever their names."""
     source, output_dir = args.data_dir / dataset / "test" / "input", args.results_dir / model / dataset
+    results = len(find_pictures(output_dir)[0]) if holds_pictures(output_dir) else 0
     if not holds_pictures(source):
+        if results < DATASETS[dataset].test_pairs:
+            raise UserError(f"{source} is not there, which {model} would derain: {how_to_get(dataset)}")
         return
     paths, root = find_pictures(source)
-    if holds_pictures(output_dir) and len(find_pictures(output_dir)[0]) >= len(paths):
+    if results >= len(paths):
         return
-    weights = get_weights(model, dataset, args)
-    net = load_network(weights)
-    if network_name(net) != model:
-        raise UserError(f"{weights} holds {network_name(net)}, not {model}: put the right weights there.")
-    net = net.to(choose_device(args.gpus), memory_format=torch.channels_last).eval()
+    net = load_released(model, dataset, args).to(device, memory_format=torch.channels_last).eval()
     outputs = {path: (output_dir / path.relative_to(root)).with_suffix(".png") for path in paths}
     outputs = {path: output for path, output in outputs.items() if not output.exists()}
     problems = []
@@ -77,9 +75,11 @@ def derain_test_set(model, dataset, args):
         try:
             derain_file(net, path, output)
         except UserError as error:
+            if disk_failed(error):
+                raise
             problems.append(sentence(error))
     if problems:
-        raise UserError(f"{model} on {dataset}: {listed(problems, 3)}")
+        raise UserError(f"{model} on {dataset} could not derain all pictures:{listed(problems, 3)}")
 
 
 def methods_on(dataset, results_dir, paper):
@@ -90,36 +90,54 @@ def methods_on(dataset, results_dir, paper):
 
 
 def measure_method(method, dataset, args):
-    """-> Score, or None if nothing could be measured; list of sentences on what could not be."""
-    pairs, unpaired = pair_results(args.results_dir / method / dataset, args.data_dir / dataset)
+    """-> Score, or None if nothing could be measured; list of sentences on what is not as it should be."""
+    pairs, unpaired = pair_results(args.results_dir / method / dataset, args.data_dir / dataset / "test" / "target")
     rows, unmeasured = measure_pairs(pairs, DATASETS[dataset].protocol)
+    problems = [*unpaired, *unmeasured, *count_problem(len(rows), dataset)]
     if not rows:
-        return None, [*unpaired, *unmeasured]
+        return None, problems
     psnr, ssim = (sum(column) / len(rows) for column in zip(*(values for _, values in rows)))
+    if psnr == math.inf:
+        problems.append("some results are identical to their clean pictures")
     print(f"{method}: {psnr:.4f} dB, {ssim:.6f}, {of_expected(len(rows), dataset)}")
-    return Score(psnr, ssim, len(rows)), [*unpaired, *unmeasured]
+    return Score(psnr, ssim, len(rows)), problems
 
 
 def reproduce(args):
     """-> list of Row, list of sentences on what is missing."""
     rows, missing, paper = [], [], paper_scores()
-    for dataset in args.datasets:
-        has_targets = holds_pictures(clean_folder(args.data_dir / dataset))
+    device = choose_device(args.gpus)
+    for dataset in dict.fromkeys(args.datasets):
+        targets = args.data_dir / dataset / "test" / "target"
+        has_targets = holds_pictures(targets)
         if not has_targets:
-            missing.append(f"{args.data_dir / dataset / 'test'} is not there: {how_to_get(dataset)}")
-        for model in args.models if has_targets else ():
+            missing.append(f"{targets} is not there: {how_to_get(dataset)}")
+        for model in dict.fromkeys(args.models) if has_targets else ():
             try:
-                derain_test_set(model, dataset, args)
-            except UserError as error:
+                derain_test_set(model, dataset, device, args)
+            except torch.OutOfMemoryError:
+                missing.append(f"{model} on {dataset} did not fit into the GPU's memory")
+            except (UserError, OSError) as error:
                 missing.append(sentence(error))
         for method in methods_on(dataset, args.results_dir, paper):
             score, problems = None, []
             if has_targets and holds_pictures(args.results_dir / method / dataset):
                 score, problems = measure_method(method, dataset, args)
             if problems:
-                missing.append(f"{method} on {dataset} could not be measured completely: {listed(problems, 3)}")
+                missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
             rows.append(Row(dataset, method, score, paper.get((dataset, method))))
     return rows, missing
+
+
+def downloads_of(rows, results_dir):
+    """-> list of sentences on where published result pictures of the methods without a number of ours are."""
+    unmeasured = {(row.dataset, row.method) for row in rows if not row.ours}
+    return [
+        f"{fact['method']} on {fact['dataset']}: its pictures from {fact['baidu_url']} (code {fact['baidu_code']}), "
+        f"put into {results_dir / fact['method'] / fact['dataset']}"
+        for fact in read_facts("visual_results.csv")
+        if (fact["dataset"], fact["method"]) in unmeasured and fact["baidu_code"]
+    ]
 
 
 def parse_args(argv=None):
@@ -152,16 +170,16 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     rows, missing = reproduce(args)
-    table = as_markdown(rows, missing)
-    write_text(f"{args.output}.md", table)
+    write_text(f"{args.output}.md", as_markdown(rows, missing, downloads_of(rows, args.results_dir)))
     write_csv(f"{args.output}.csv", COLUMNS, as_csv(rows))
     write_text(f"{args.output}.tex", as_latex(rows))
-    print(f"\n{table}\nwritten to {args.output}.md, .csv and .tex")
+    print(f"\n{as_markdown([row for row in rows if row.ours or row.method in args.models])}")
+    print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
     if args.figure:
         figure.write_comparison(args.figure, args.data_dir, args.results_dir, f"{args.output}_figure")
         print(f"and {args.output}_figure.png, .pdf")
     if missing:
-        sys.exit(f"error: the table is made but for {len(missing)} entries, which its end lists.")
+        sys.exit(f"error: the table is made, but not all could be measured:{listed(missing, len(missing))}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ COLUMNS = (
     *("ssim", "paper_ssim", "ssim_difference", "pictures", "expected_pictures"),
 )
 
+HEADER = ("method", "PSNR", "paper", "difference", "SSIM", "paper", "difference", "pictures")
+PAPER_ONLY = "only the paper's number"
+
 
 class Score(NamedTuple):
     """Mean PSNR in dB and SSIM, and over how many pictures (None: the paper does not say)."""
@@ -39,9 +42,11 @@ class Row(NamedTuple):
             values += [*pair, pair[0] - pair[1] if None not in pair else None]
         return values
 
-    @property
-    def is_complete(self):
-        return self.ours is not None and self.ours.pictures == DATASETS[self.dataset].test_pairs
+    def cells(self):
+        """-> the row's cells after the method's name, as text: `numbers` rounded, and over how many pictures."""
+        forms = ("{:.2f}", "{:.2f}", "{:+.2f}", "{:.4f}", "{:.4f}", "{:+.4f}")
+        numbers = ["–" if v is None else form.format(v) for form, v in zip(forms, self.numbers())]
+        return [*numbers, f"{self.ours.pictures} of {DATASETS[self.dataset].test_pairs}" if self.ours else PAPER_ONLY]
 
 
 def read_facts(name):
@@ -69,61 +74,37 @@ def as_csv(rows):
     ]
 
 
-def as_markdown(rows, missing):
-    """-> text with a section for each data set, and one about what is missing."""
-    forms = ("{:.2f}", "{:.2f}", "{:+.2f}", "{:.4f}", "{:.4f}", "{:+.4f}")
+def by_dataset(rows):
+    """-> dict of data set -> its rows."""
+    return {
+        dataset: [row for row in rows if row.dataset == dataset] for dataset in dict.fromkeys(r.dataset for r in rows)
+    }
+
+
+def as_markdown(rows, missing=(), more=()):
+    """-> text with a section for each data set, about what is missing, and about what could be measured, too."""
     lines = []
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        lines += [
-            f"### {dataset}, protocol `{DATASETS[dataset].protocol}`",
-            "",
-            "| method | PSNR | paper | difference | SSIM | paper | difference | pictures |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            if row.dataset == dataset:
-                cells = ["–" if v is None else form.format(v) for form, v in zip(forms, row.numbers())]
-                count = (
-                    f"{row.ours.pictures} of {DATASETS[dataset].test_pairs}" if row.ours else "only the paper's number"
-                )
-                lines.append(f"| {row.method} | {' | '.join(cells)} | {count} |")
-        lines.append("")
+    for dataset, section in by_dataset(rows).items():
+        lines += [f"### {dataset}, protocol `{DATASETS[dataset].protocol}`", "", f"| {' | '.join(HEADER)} |"]
+        lines += ["|" + "---|" * len(HEADER), *(f"| {row.method} | {' | '.join(row.cells())} |" for row in section), ""]
     lines.append("Made with " + ", ".join(f"{name} {version}" for name, version in software().items()) + ".")
-    if missing:
-        lines += ["", "### Missing", "", *("- " + entry.replace("\n", "\n  ") for entry in missing)]
+    for title, entries in (("Missing", missing), ("Could be measured, too", more)):
+        if entries:
+            lines += ["", f"### {title}", "", *("- " + entry.replace("\n", "\n  ") for entry in entries)]
     return "\n".join(lines) + "\n"
 
 
 def as_latex(rows):
-    """-> a tabular for papers (package booktabs), a line for each method and two columns for each data set."""
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
-    by_method = {}
-    for row in rows:
-        by_method.setdefault(row.method, {})[row.dataset] = row
-
-    def cells(row):
-        score = row and (row.ours or row.paper)
-        if not score:
-            return ["--", "--"]
-        mark = "" if row.is_complete else r"\textsuperscript{\ddag}" if row.ours else r"\textsuperscript{\dag}"
-        return [f"{score.psnr:.2f}{mark}", f"{score.ssim:.4f}{mark}"]
-
-    lines = [
-        r"\begin{tabular}{l" + "cc" * len(datasets) + "}",
-        r"\toprule",
-        " & ".join(["Method", *(rf"\multicolumn{{2}}{{c}}{{{name}}}" for name in datasets)]) + r" \\",
-        " & ".join(["", *["PSNR & SSIM"] * len(datasets)]) + r" \\",
-        r"\midrule",
-        *(
-            " & ".join([escape(method), *(cell for name in datasets for cell in cells(found.get(name)))]) + r" \\"
-            for method, found in by_method.items()
-        ),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"% \dag: the paper's number, not measured here. \ddag: measured on fewer or more pictures than published.",
-    ]
-    return "\n".join(lines) + "\n"
+    """-> a tabular for papers (package booktabs) with a part for each data set."""
+    lines = [r"\begin{tabular}{lccccccc}", r"\toprule", " & ".join(HEADER) + r" \\"]
+    for dataset, section in by_dataset(rows).items():
+        lines += [r"\midrule", rf"\multicolumn{{8}}{{c}}{{{dataset} ({DATASETS[dataset].protocol})}} \\", r"\midrule"]
+        lines += [
+            " & ".join([escape(row.method), *(c.replace("–", "--") for c in row.cells())]) + r" \\" for row in section
+        ]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def escape(text):
-    return "".join("\\" + character if character in "_&%#$" else character for character in text)
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c) or (f"\\{c}" if c in "_&%#${}" else c) for c in text)

@@ -65,11 +65,19 @@ def test_the_published_number_is_missed(tmp_path, capsys):
     assert "nothing is wrong" in report(capsys, tmp_path / "Rain12", healthy=True)
 
 
-def test_duplicates_are_noted(dataset, capsys):
-    folder = dataset / "train" / "input"
-    write_png(folder / "4.png", read_image(folder / "0.png"))
+def test_a_missing_part_is_missed(dataset, capsys):
+    (dataset / "test").rename(dataset / "Rain200L")
+    make_pairs(dataset / "Rain200L" / "test", count=3)
+    text = report(capsys, dataset / "Rain200L", healthy=False)
+    assert "train is not there, Rain200L has 1800 pairs in it" in text
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_duplicates_are_noted(dataset, capsys, part):
+    folder = dataset / part / "input"
+    write_png(folder / "2.png", read_image(folder / "0.png"))
     text = report(capsys, dataset, healthy=True)
-    assert f"{folder / '0.png'} = {folder / '4.png'}" in text and "rainy pictures with the same pixels (1)" in text
+    assert f"{folder / '0.png'} = {folder / '2.png'}" in text and "rainy pictures with the same pixels (1)" in text
 
 
 @pytest.mark.parametrize("change", ["none", "jpeg", "larger"])
@@ -85,6 +93,14 @@ def test_pictures_in_both_train_and_test_are_found(dataset, capsys, change):
     text = report(capsys, dataset, healthy=False)
     assert "clean pictures in both train and test (1)" in text
     assert f"{dataset / 'test/target/s.jpg'} looks like {dataset / 'train/target/s.jpg'}" in text
+
+
+def test_pictures_that_are_only_alike_are_not_taken_for_the_same(dataset, capsys):
+    scene = cv2.resize(np.random.default_rng(5).integers(0, 255, (6, 8, 3), dtype=np.uint8), (96, 80))
+    for part, image in (("train", scene), ("test", np.roll(scene, 3, axis=1))):
+        write_png(dataset / part / "target" / "s.png", image)
+        write_png(dataset / part / "input" / "s.png", image // 2)
+    assert "nothing is wrong" in report(capsys, dataset, healthy=True)
 
 
 def test_halves_side_by_side(tmp_path, capsys):

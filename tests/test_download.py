@@ -85,7 +85,7 @@ def test_a_local_mirror_is_copied(weights, tmp_path):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_cut_connection_leaves_nothing_in_place_and_is_continued(host, weights, tmp_path, ranges):
     host.cut, host.ranges = 1_000_000, ranges
-    with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete"):
+    with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete.* MiB of it are kept, repeat"):
         download.fetch_network(f"{host.url}/s.pth", tmp_path / "s.pth", "NeRD-Rain-S")
     assert not (tmp_path / "s.pth").exists()
     kept = sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -94,6 +94,43 @@ def test_a_cut_connection_leaves_nothing_in_place_and_is_continued(host, weights
     download.fetch_network(f"{host.url}/s.pth", tmp_path / "s.pth", "NeRD-Rain-S")
     assert f"bytes={kept}-" in host.requested
     assert (tmp_path / "s.pth").read_bytes() == weights.read_bytes() and left_in(tmp_path) == ["s.pth"]
+
+
+@pytest.fixture
+def other_weights(weights, tmp_path_factory):
+    """Another checkpoint of the same length."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("other") / weights.name
+    torch.save({"epoch": 1, "state_dict": MultiscaleNet(dim=8, num_blocks=(1, 1, 1)).state_dict()}, path)
+    assert path.stat().st_size == weights.stat().st_size
+    return path
+
+
+@pytest.mark.parametrize("where", ["another url", "the same url"])
+def test_two_downloads_are_never_mixed(host, weights, other_weights, tmp_path, where):
+    host.cut = 1_000_000
+    with pytest.raises(UserError, match="incomplete"):
+        download.fetch_network(f"{host.url}/s.pth", tmp_path / "s.pth", "NeRD-Rain-S")
+    host.cut = None
+    name = "other.pth" if where == "another url" else "s.pth"
+    host.files[f"/{name}"] = other_weights.read_bytes()
+    download.fetch_network(f"{host.url}/{name}", tmp_path / "s.pth", "NeRD-Rain-S")
+    assert (tmp_path / "s.pth").read_bytes() == other_weights.read_bytes()
+
+
+def test_damage_on_the_way_is_noticed(host, weights, tmp_path):
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
+    host.files["/s.pth"] = bytes(content)
+    with pytest.raises(UserError, match=r"s\.pth sent a damaged file"):
+        download.fetch_network(f"{host.url}/s.pth", tmp_path / "s.pth", "NeRD-Rain-S")
+    assert left_in(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(weights, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be used"):
+        download.fetch_network(weights, tmp_path / "file" / "s.pth", "NeRD-Rain-S")
 
 
 def test_a_web_page_is_no_checkpoint(host, tmp_path):
@@ -108,8 +145,9 @@ def test_wrong_files_are_refused_and_do_not_stay(host, weights, tmp_path):
     whole = weights.read_bytes()
     contents = {
         "holds a network of width 8": (tmp_path / "other.pth").read_bytes(),
-        "cannot be read as a checkpoint": whole[: len(whole) // 2],
-        "not a checkpoint|cannot be read": b"PK\x03\x04" + bytes(1000),
+        "sent no checkpoint": whole[: len(whole) // 2],
+        "sent no checkpoint of": b"PK\x03\x04" + bytes(1000),
+        "something else than tensors": b'{"error": "quota"}',
     }
     for message, content in contents.items():
         host.files["/s.pth"] = content

@@ -53,7 +53,10 @@ def test_pictures_means_and_the_worst_ten_are_written(folders, protocol, capsys)
     assert summary["standard_deviation"]["psnr"] == pytest.approx(values[:, 0].std())
     assert summary["pictures"] == 12 and summary["protocol"] == protocol and summary["software"]["numpy"]
     assert [row["picture"] for row in summary["worst"]] == sorted(expected, key=expected.get)[:10]
-    assert f"{values[:, 0].mean():.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{values[:, 0].mean():.4f}" in printed
+    worst = [line.split()[0] for line in printed.partition("the worst 10:\n")[2].splitlines()[:10]]
+    assert worst == sorted(expected, key=expected.get)[:10]
 
 
 def test_the_command_runs_as_written(folders):
@@ -78,7 +81,7 @@ def test_missing_extra_broken_and_unequal_pictures_are_listed(folders, capsys):
     (results / "2.png").write_bytes(b"broken")
     write_png(results / "3.png", np.zeros((20, 20, 3), np.uint8))
     message = failure(results, targets)
-    assert "4 pictures cannot be measured" in message and "--go_on" in message
+    assert "the results are not complete" in message and "--go_on" in message
     assert f"{results / '0.png'} has no clean picture" in message
     assert f"{targets / '1.png'} has no derained picture" in message
     assert f"{results / '2.png'} cannot be read" in message and "are not of one size" in message
@@ -93,7 +96,9 @@ def test_the_expected_number_of_pictures_is_printed(folders, tmp_path, capsys):
     shutil.copytree(folders[1], tmp_path / "Rain12" / "test" / "target")
     evaluate.main(["--results", str(tmp_path / "results" / "Rain12"), "--targets", str(tmp_path / "Rain12")])
     assert "12 of the 12 pictures of Rain12, protocol rain200" in capsys.readouterr().out
-    run(*folders, "--dataset", "DDN-Data", protocol="did")
+    message = failure(*folders, "--dataset", "DDN-Data", protocol="did")
+    assert "12 pictures were measured, DDN-Data has 1400" in message and "--go_on" in message
+    run(*folders, "--dataset", "DDN-Data", "--go_on", protocol="did")
     assert "12 of the 1400 pictures of DDN-Data, protocol did" in capsys.readouterr().out
 
 
@@ -101,8 +106,15 @@ def test_a_protocol_is_needed_where_the_data_set_is_not_known(folders, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--results", str(folders[0]), "--targets", str(folders[1])])
     assert "--protocol rain200" in capsys.readouterr().err
+
+
+def test_data_sets_are_known_by_their_folders(tmp_path):
     assert known_dataset("x/did-data/test/target") == "DID-Data" and known_dataset("nothing") is None
     assert known_dataset("Rain200L/results/Rain200H") == "Rain200H"
+    assert known_dataset("demo/mine/target") is None
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "Rain12").symlink_to(tmp_path / "elsewhere")
+    assert known_dataset(tmp_path / "Rain12") == "Rain12"
 
 
 def test_one_folder_with_both_as_the_matlab_scripts_expect(folders, tmp_path):
@@ -136,9 +148,28 @@ def test_several_results_of_one_scene_and_jpeg_data_called_png(tmp_path):
     assert all(10 < psnr < 60 for _, (psnr, _) in rows)
 
 
+def test_a_missing_one_of_several_results_is_noticed(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    for scene in (901, 902):
+        write_png(tmp_path / "target" / f"{scene}.png", image)
+        for version in range(1, 15):
+            for folder in ("input", "results"):
+                write_png(tmp_path / folder / f"{scene}_{version}.png", image)
+    assert evaluate.pair_results(tmp_path / "results", tmp_path)[1] == []
+    (tmp_path / "results" / "901_3.png").unlink()
+    problems = evaluate.pair_results(tmp_path / "results", tmp_path)[1]
+    assert len(problems) == 1 and "901.png has 13 derained pictures" in problems[0] and "14 rainy" in problems[0]
+
+
+def test_two_results_of_one_name_are_not_averaged(folders):
+    Image.fromarray(read_image(folders[0] / "3.png")).save(folders[0] / "3.jpg")
+    pairs, problems = evaluate.pair_results(*folders)
+    assert len(pairs) == 11 and any("have one name" in problem for problem in problems)
+
+
 def test_results_equal_to_their_targets_are_remarked_on(folders, capsys):
     shutil.copy(folders[1] / "0.png", folders[0] / "0.png")
     run(*folders)
-    assert "1 results are identical to their clean pictures" in capsys.readouterr().out
+    assert "identical to their clean pictures: 1." in capsys.readouterr().out
     summary = json.loads((folders[0] / "evaluation_rain200.json").read_text())
     assert summary["identical_pictures"] == 1 and summary["mean"]["psnr"] is None and summary["mean"]["ssim"] < 1

@@ -109,5 +109,8 @@ def test_wrong_arguments_are_refused():
         psnr_ssim(x, x[1:], "did")
     with pytest.raises(ValueError, match="uint8"):
         psnr_ssim(x, x / 255, "did")
+    for shape in ((20, 20), (20, 20, 1), (20, 20, 4), (0, 20, 3)):
+        with pytest.raises(ValueError, match="H×W×3"):
+            psnr_ssim(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8), "did")
     with pytest.raises(ValueError, match="protocol"):
         psnr_ssim(x, x, "y")

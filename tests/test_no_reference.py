@@ -12,17 +12,17 @@ from utils.images import write_png
 @pytest.fixture
 def results(tmp_path):
     for name, level in (("a", 10), ("sub/b", 30)):
-        write_png(tmp_path / f"{name}.png", np.full((20, 24, 3), level, np.uint8))
+        write_png(tmp_path / f"{name}.png", np.full((20, 24, 3), (level, 7, 9), np.uint8))
     return tmp_path
 
 
 @pytest.fixture
 def pyiqa(monkeypatch):
-    """Stands in for the library: a metric is the picture's mean, and refuses black pictures."""
+    """Stands in for the library: a metric is the picture's mean red, and refuses black pictures."""
 
     def metric(picture):
         assert picture.shape[1] == 3 and 0 < picture.mean() <= 1, "unusable"
-        return (picture.mean()[None] * 255).round()
+        return (picture[:, 0].mean()[None] * 255).round()
 
     module = types.SimpleNamespace(create_metric=lambda name, device: metric)
     monkeypatch.setitem(sys.modules, "pyiqa", module)

@@ -11,6 +11,7 @@ from utils.images import read_image, write_png
 # Original distributions: rainy file -> its clean one.
 DISTRIBUTIONS = {
     "Rain200L": {f"rain/X2/norain-{i}x2.png": f"norain/norain-{i}.png" for i in (1, 2, 11)},
+    "Rain100H, as PReNet has it": {f"rain/norain-{i}x2.png": f"norain/norain-{i}.png" for i in (1, 2)},
     "DDN-Data": {f"rainy_image/{i}_{v}.jpg": f"ground_truth/{i}.jpg" for i in (901, 902) for v in range(1, 15)},
     "Rain100H, one folder": {f"rain-{i:03}.png": f"norain-{i:03}.png" for i in (1, 2, 100)},
     "Rain100L, two folders": {f"rainy/rain-{i:03}.png": f"norain-{i:03}.png" for i in (1, 2)},
@@ -73,6 +74,25 @@ def test_halves_are_split_without_changing_a_pixel(tmp_path, clean_half):
     assert np.array_equal(np.concatenate(halves, axis=1), whole)
 
 
+def test_halves_that_cannot_be_split_are_left_out_and_named(tmp_path):
+    rng = np.random.default_rng(0)
+    source = tmp_path / "source"
+    for name, width in (("1.png", 48), ("2.png", 41), ("3.png", 48), ("3.bmp", 48)):
+        write_png(source / name, rng.integers(0, 255, (20, width, 3), dtype=np.uint8))
+    Image.fromarray(np.zeros((20, 48), np.uint16)).save(source / "4.png")
+    (source / "5.png").write_bytes(b"broken")
+    message = failure(source, tmp_path / "set", "--clean_half", "left")
+    assert "4 pictures were left out" in message
+    for reason in ("2.png is 41 pixels wide", "have one name", "4.png would lose", "5.png cannot be read"):
+        assert reason in message
+    assert len(find_pairs(tmp_path / "set")) == 2
+    first = (tmp_path / "set" / "target" / "1.png").read_bytes()
+    assert "is there already" in failure(source / "1.png", tmp_path / "set", "--clean_half", "right")
+    assert (tmp_path / "set" / "target" / "1.png").read_bytes() == first
+    prepare.main([str(source / "1*.png"), str(tmp_path / "pattern"), "--clean_half", "left"])
+    assert len(find_pairs(tmp_path / "pattern")) == 1
+
+
 def test_a_list_of_pairs_is_followed(tmp_path):
     make(tmp_path, {"a/7.png": "b/x.png", "a/8.png": "b/x.png", "a/9.png": "b/y_gt.png"})
     (tmp_path / "list.txt").write_text("/a/7.png /b/x.png\na/8.png b/x.png\n\n./a/9.png ./b/y_gt.png\n")
@@ -81,6 +101,8 @@ def test_a_list_of_pairs_is_followed(tmp_path):
     assert names == {("7.png", "x.png"), ("8.png", "x.png"), ("9.png", "y_gt.png")}
     (tmp_path / "list.txt").write_text("a/7.png b/none.png")
     assert "none.png" in failure(tmp_path / "list.txt", tmp_path / "other")
+    (tmp_path / "list.zip").write_bytes(b"PK\x03\x04\xff\xfe")
+    assert "unpack it" in failure(tmp_path / "list.zip", tmp_path / "other")
     (tmp_path / "list.txt").write_text("a/7.png")
     assert "line 1" in failure(tmp_path / "list.txt", tmp_path / "other")
 
@@ -103,7 +125,7 @@ def test_what_is_there_is_never_replaced(source, tmp_path):
 
 def test_left_over_and_unknown_pictures_are_named(source, tmp_path):
     (source / "ground_truth" / "902.jpg").unlink()
-    assert "14 pictures belong to no pair" in failure(source, tmp_path / "set")
+    assert "14 pictures were left out" in failure(source, tmp_path / "set")
     assert len(find_pairs(tmp_path / "set")) == 14
     shutil.rmtree(source / "ground_truth")
     assert "like none of the distributions" in failure(source, tmp_path / "other")

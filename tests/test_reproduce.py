@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dataset_RGB import DATASETS
 from evaluations import figure, reproduce
 from evaluations.metrics import psnr_ssim
 from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
@@ -15,7 +17,7 @@ from tests.conftest import make_pairs
 from utils import checkpoint
 from utils.checkpoint import load_network
 from utils.images import read_image, write_png
-from utils.inference import derain
+from utils.inference import derain, derain_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,7 @@ def toy(tmp_path, narrow_weights, monkeypatch):
     """A toy copy of the five sets, with two pictures each, and a mirror with weights of a narrow NeRD-Rain-S."""
     monkeypatch.setitem(checkpoint.PUBLISHED, (8, (1, 1, 1), (1, 2, 4)), "NeRD-Rain-S")
     for seed, name in enumerate(SETS):
+        monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(test_pairs=2))
         make_pairs(tmp_path / "Datasets" / name / "test", count=2, seed=seed)
         weights = tmp_path / "mirror" / "NeRD-Rain-S" / f"{name}.pth"
         weights.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def test_the_table_is_made_from_weights(toy, narrow_weights):
         assert (row["pictures"], row["protocol"]) == ("2", protocol)
         assert (toy / "weights" / "NeRD-Rain-S" / f"{name}.pth").read_bytes() == narrow_weights.read_bytes()
     assert rows["SPA-Data", "NeRD-Rain"]["paper_psnr"] == "49.58" and rows["SPA-Data", "NeRD-Rain"]["psnr"] == ""
-    assert len((toy / "out" / "table.tex").read_text().splitlines()) == 16 + 8
+    assert len((toy / "out" / "table.tex").read_text().splitlines()) == 5 * (16 + 3) + 5
 
 
 def test_results_that_are_there_are_measured_and_not_made_again(toy):
@@ -78,7 +81,7 @@ def test_results_that_are_there_are_measured_and_not_made_again(toy):
     assert not message and not (toy / "weights").exists()
     scores = {rows["Rain200L", name]["psnr"] for name in ("Mine", "Restormer", "NeRD-Rain-S")}
     assert len(scores) == 1 and rows["Rain200L", "Mine"]["paper_psnr"] == ""
-    assert "2 of 200" in text and "only the paper's number" in text
+    assert "2 of 2 |" in text and "only the paper's number" in text
 
 
 def test_an_interrupted_set_is_completed(toy):
@@ -94,7 +97,7 @@ def test_an_interrupted_set_is_completed(toy):
 def test_a_missing_set_is_listed_and_the_others_are_measured(toy):
     shutil.rmtree(toy / "Datasets" / "DID-Data")
     rows, text, message = run(toy)
-    assert "1 entries" in message
+    assert "DID-Data" in message
     assert "pan.baidu.com/s/1aPFJExxxTBOzJjngMAOQDA (code 5luo)" in text.partition("### Missing")[2]
     assert "Datasets/DID-Data/test/input" in text
     assert rows["DID-Data", "NeRD-Rain-S"]["psnr"] == "" and rows["DID-Data", "NeRD-Rain-S"]["paper_psnr"] == "35.36"
@@ -111,13 +114,48 @@ def test_missing_and_wrong_weights_are_listed_with_where_to_put_them(toy):
         "Rain200H",
         models=("NeRD-Rain-S", "NeRD-Rain"),
     )
-    assert "2 entries" in message
+    assert "NeRD-Rain on Rain200H needs its weights" in message
     missing = text.partition("### Missing")[2]
     assert "holds NeRD-Rain-S, not NeRD-Rain" in missing and "does not exist" in missing
     assert "drive.google.com/file/d/1MOG3ZrXQxH-o13O1QWB6EiZhJsXOlUXs/view" in missing and "(code x45q)" in missing
     assert str(toy / "weights" / "NeRD-Rain" / "Rain200H.pth") in missing
     assert not list((toy / "weights" / "NeRD-Rain").iterdir())
     assert rows["Rain200H", "NeRD-Rain-S"]["psnr"]
+
+
+def test_a_set_without_its_test_pictures_is_listed(toy):
+    shutil.rmtree(toy / "Datasets" / "Rain200L" / "test" / "input")
+    (toy / "Datasets" / "Rain200H" / "test").rename(toy / "Datasets" / "Rain200H" / "train")
+    rows, text, _ = run(toy, "--datasets", "Rain200L", "Rain200H")
+    missing = text.partition("### Missing")[2]
+    assert "Rain200L/test/input is not there" in missing and "Rain200H/test/target is not there" in missing
+    assert not any(row["psnr"] for row in rows.values())
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("too small")])
+def test_what_fails_in_one_set_does_not_lose_the_others(toy, monkeypatch, error):
+    def fail_on_one(net, path, output):
+        if "DID-Data" in str(path):
+            raise error
+        return derain_file(net, path, output)
+
+    monkeypatch.setattr(reproduce, "derain_file", fail_on_one)
+    rows, text, message = run(toy)
+    assert message and "### Missing" in text and not rows["DID-Data", "NeRD-Rain-S"]["psnr"]
+    assert all(rows[name, "NeRD-Rain-S"]["psnr"] for name in SETS if name != "DID-Data")
+
+
+def test_pictures_that_can_be_downloaded_are_named(toy):
+    shutil.copytree(toy / "Datasets" / "Rain200L" / "test" / "input", toy / "results" / "Restormer" / "Rain200L")
+    _, text, _ = run(toy, "--datasets", "Rain200L", "SPA-Data")
+    more = text.partition("### Could be measured, too")[2]
+    assert "IDT on Rain200L: its pictures from https://pan.baidu.com/s/1jhHCHT64aDknc4g0ELZJGA (code v4yd)" in more
+    assert "Restormer on SPA-Data" in more and "Restormer on Rain200L" not in more and "Uformer" not in more
+
+
+def test_results_that_are_the_clean_pictures_are_remarked_on(toy):
+    shutil.copytree(toy / "Datasets" / "Rain200L" / "test" / "target", toy / "results" / "Mine" / "Rain200L")
+    assert "identical to their clean pictures" in run(toy, "--datasets", "Rain200L")[1]
 
 
 def test_weights_in_the_wrong_place_are_refused(toy):
@@ -133,10 +171,11 @@ def test_incomplete_results_are_counted_and_listed(toy):
     (toy / "results" / "Restormer" / "Rain200L" / "1.png").unlink()
     (toy / "Datasets" / "Rain200L" / "test" / "input" / "1.png").write_bytes(b"broken")
     rows, text, message = run(toy, "--datasets", "Rain200L")
-    assert "made but for" in message
-    assert rows["Rain200L", "Restormer"]["pictures"] == "1" and "1 of 200" in text
+    assert "not all could be measured" in message
+    assert rows["Rain200L", "Restormer"]["pictures"] == "1" and "1 of 2 |" in text
     missing = text.partition("### Missing")[2]
-    assert "Restormer on Rain200L could not be measured completely" in missing and "cannot be read" in missing
+    assert "Restormer on Rain200L is not complete" in missing and "cannot be read" in missing
+    assert "1 pictures were measured, Rain200L has 2" in missing
 
 
 def test_google_drive_is_asked_without_a_mirror(toy, monkeypatch):
@@ -162,7 +201,8 @@ def test_the_command_runs_as_written_where_nothing_is_there(tmp_path):
     options = [word for name in ("data", "results", "checkpoints") for word in (f"--{name}_dir", tmp_path / name)]
     command = [sys.executable, "evaluations/reproduce.py", *options, "--output", tmp_path / "table"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "made but for 5 entries" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "not all could be measured" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("pan.baidu.com") == 5
     assert "| NeRD-Rain | – | 41.71 |" in done.stdout
 
 
@@ -188,20 +228,35 @@ def test_tables_mark_what_is_the_papers_and_what_is_incomplete():
     assert "| C | – | 39.00 | – | – | 0.9700 | – | only the paper's number |" in text
     assert "7 of 200" in text and "- x\n  y\n" in text
     lines = as_latex(rows).splitlines()
-    assert r"A\_b & 41.00 & 0.9900 & 30.00\textsuperscript{\dag} & 0.9000\textsuperscript{\dag} \\" in lines
-    assert r"D & 41.00\textsuperscript{\ddag} & 0.9900\textsuperscript{\ddag} & -- & -- \\" in lines
-    assert len({line.count("&") for line in lines if line.endswith(r"\\") and "multicolumn" not in line}) == 1
+    assert r"A\_b & 41.00 & 40.50 & +0.50 & 0.9900 & 0.9800 & +0.0100 & 200 of 200 \\" in lines
+    assert r"A\_b & -- & 30.00 & -- & -- & 0.9000 & -- & only the paper's number \\" in lines
+    assert {line.count("&") for line in lines if line.endswith(r"\\") and "multicolumn" not in line} == {7}
     assert dict(zip(COLUMNS, as_csv(rows)[0]))["ssim_difference"] == pytest.approx(0.01)
 
 
-def test_the_figure_shows_all_methods(toy):
+def test_the_figure_shows_all_methods(toy, capsys):
     pytest.importorskip("matplotlib", reason="the figure needs the extra matplotlib")
-    for name in ("Mine", "Restormer"):
-        shutil.copytree(toy / "Datasets" / "Rain200L" / "test" / "input", toy / "results" / name / "Rain200L")
-    _, _, message = run(toy, "--datasets", "Rain200L", "--figure", "Rain200L/0", "Rain200L/1.png@2,3,20,10")
-    assert not message
-    pictures = figure.collect(figure.parse_choice("Rain200L/0"), toy / "Datasets", toy / "results")
-    assert list(pictures) == ["Rainy", "Restormer", "NeRD-Rain-S", "Mine", "Clean"]
+    test = toy / "Datasets" / "Rain200L" / "test"
+    for path in sorted((test / "input").iterdir()):  # rainy pictures of Rain200L have other names than clean ones
+        path.rename(path.with_name(f"norain-{path.stem}x2.png"))
+    for path in sorted((test / "target").iterdir()):
+        path.rename(path.with_name(f"norain-{path.stem}.png"))
+    shutil.copytree(test / "input", toy / "results" / "Restormer" / "Rain200L")
+    shutil.copytree(test / "target", toy / "results" / "Mine" / "Rain200L")  # under the clean pictures' names
+    write_png(toy / "results" / "Other" / "Rain200L" / "norain-0.png", read_image(test / "target" / "norain-0.png"))
+    run(toy, "--datasets", "Rain200L", "--figure", "Rain200L/norain-0x2", "Rain200L/norain-1x2.png@2,3,20,10")
+    assert "Other has no picture of Rain200L/norain-1x2" in capsys.readouterr().out
+    choice = figure.parse_choice("Rain200L/norain-1x2@2,3,20,10")
+    drawn = figure.draw_comparison([choice], toy / "Datasets", toy / "results")
+    names = ["Rainy", "Restormer", "NeRD-Rain-S", "Mine", "Clean"]
+    rainy, clean = read_image(test / "input" / "norain-1x2.png"), read_image(test / "target" / "norain-1.png")
+    shown = [axes.images[0].get_array() for axes in drawn.axes]
+    assert np.array_equal(shown[0], rainy) and np.array_equal(shown[1], rainy[3:13, 2:22])
+    assert np.array_equal(shown[-2], clean) and np.array_equal(shown[-1], clean[3:13, 2:22])
+    assert [axes.get_xlabel().partition("\n")[0] for axes in drawn.axes[1::2]] == names
+    assert drawn.axes[1].get_xlabel().endswith("{:.2f} / {:.4f}".format(*psnr_ssim(rainy, clean, "rain200")))
+    box = drawn.axes[0].patches[0]
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (1.5, 2.5, 20, 10)
     sheet = read_image(toy / "out" / "table_figure.png")
     assert sheet.shape[1] > 1500 and sheet.std() > 20
     assert (toy / "out" / "table_figure.pdf").read_bytes().startswith(b"%PDF")

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from dataset_RGB import DATASETS, find_pairs
+from dataset_RGB import DATASETS, TrainingPatches, find_pairs
 from tests.conftest import make_pairs
 from utils.checkpoint import load_checkpoint, load_network, network_name
 
@@ -364,3 +364,18 @@ def test_a_truncated_latest_checkpoint_is_named(options, tmp_path):
     session(tmp_path).mkdir(parents=True)
     (session(tmp_path) / "model_latest.pth").write_bytes(b"PK\x03\x04")
     assert "model_latest.pth cannot be read as a checkpoint" in fails(options)
+
+
+def test_photographs_are_trained_on_with_synthetic_rain(options, pairs_folder, tmp_path):
+    photos = pairs_folder / "target"
+    args = train.parse_args([*options, "--clean_dir", str(photos), "--clean_repeats", "3"])
+    pairs, validation = train.find_data(args)
+    alone = train.parse_args(["--clean_dir", str(photos), "--val_dir", args.val_dir])
+    photographs, same = train.find_data(alone)
+    assert len(pairs) == len(find_pairs(args.train_dir)) + 3 * len(photographs) and validation == same
+    patches = TrainingPatches(photographs, 32, seed=1)
+    first, again, next_epoch = patches[0], patches[0], patches[len(patches)]
+    assert torch.equal(first["input"], again["input"])
+    assert not torch.equal(first["input"], first["target"]) and not torch.equal(first["input"], next_epoch["input"])
+    train.main([*options, "--clean_dir", str(photos), "--num_epochs", "1"])
+    assert lines_of(session(tmp_path))[0]["total"] > 0

@@ -32,6 +32,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in str(error):  # torch advises to switch the check off, which runs what the file says
+            reason = "it holds something else than tensors, or is no PyTorch file"
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not weights or not isinstance(weights, dict) or not all(map(is_weight, weights.items())):

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +54,7 @@ def examine(folder, clean_half=None):
             return str(error)
 
     rainy, clean = {}, {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         for pair, found in zip(pairs, tqdm(pool.map(look, pairs), str(folder), len(pairs), unit="pair", disable=None)):
             if isinstance(found, str):
                 problems.append(found)
@@ -103,13 +102,21 @@ def describe(part, dataset):
     return f"{part.folder}: {part.pairs} pairs{published}, {len(part.clean)} clean pictures; {shown}{more}"
 
 
-def count_problems(parts, dataset):
-    """-> list of sentences about parts that do not have the published number of pairs."""
-    return [
+def count_problems(root, parts, dataset):
+    """-> list of sentences about parts that are not there or do not have the published number of pairs."""
+    if dataset is None:
+        return []
+    found = {part.folder.name for part in parts}
+    problems = [
         f"{part.folder} has {part.pairs} pairs, {dataset} has {published_pairs(part, dataset)}"
         for part in parts
-        if dataset and part.pairs != published_pairs(part, dataset)
+        if part.pairs != published_pairs(part, dataset)
     ]
+    if found & {"train", "test"} and root.name not in ("train", "test"):
+        for name, pairs in (("train", DATASETS[dataset].train_pairs), ("test", DATASETS[dataset].test_pairs)):
+            if pairs and name not in found:
+                problems.append(f"{root / name} is not there, {dataset} has {pairs} pairs in it")
+    return problems
 
 
 @reports_errors
@@ -134,7 +141,7 @@ def main(argv=None):
     leaks = overlap(by_name["train"].clean, by_name["test"].clean) if {"train", "test"} <= set(by_name) else []
     problems = {
         "cannot be used": [*unusable, *(problem for part in parts for problem in part.problems)],
-        "not the published number of pairs": count_problems(parts, dataset),
+        "not the published number of pairs": count_problems(args.root, parts, dataset),
         "clean pictures in both train and test": leaks,
     }
     notes = {

@@ -1,8 +1,12 @@
 """Fetching released weights: a file takes its place only after it has been loaded as the network it should hold."""
 
+import contextlib
+import glob
+import hashlib
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from utils.checkpoint import load_network, network_name
@@ -20,27 +24,58 @@ def fetch_network(source, path, name):
     cannot be had or is something else.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrived = path.with_name(f".{path.name}.arrived")
+    mark = hashlib.blake2b(str(source).encode(), digest_size=4).hexdigest()  # never continue with another source
+    arrived = path.with_name(f".{path.name}.{mark}.arrived")
     try:
-        if "://" in str(source):
-            download(source, arrived)
-        elif Path(source).is_file():
-            shutil.copyfile(source, arrived)
-        else:
-            raise UserError(f"{source} does not exist.")
-        found = network_name(load_network(arrived))
-        if found != name:
-            raise UserError(f"{source} holds {found}, not {name}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        continued = get(source, arrived)
+        try:
+            check(source, arrived, name)
+        except UserError:
+            if not continued:
+                raise
+            arrived.unlink()  # the file at the source has changed in between: once more, from the start
+            get(source, arrived)
+            check(source, arrived, name)
         os.replace(arrived, path)
-    except UserError as error:
-        raise UserError(page_title(arrived, source) or sentence(error).replace(str(arrived), str(source))) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be used ({error.strerror or error}).") from error
     finally:
-        arrived.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            arrived.unlink(missing_ok=True)
+
+
+def get(source, path):
+    """Downloads or copies -> whether an interrupted download was continued."""
+    if "://" in str(source):
+        return download(source, path)
+    if not Path(source).is_file():
+        raise UserError(f"{source} does not exist.")
+    shutil.copyfile(source, path)
+    return False
+
+
+def check(source, path, name):
+    """Raises UserError unless the file at `path`, which came from `source`, is whole and holds the network `name`."""
+    with open(path, "rb") as file:
+        start = file.read(4096).decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
+    if re.match(r"<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
+        title = re.search(r"<title>\s*(.*?)\s*</title>", start, re.IGNORECASE | re.DOTALL)
+        raise UserError(f"{source} sent a web page instead of weights ({title[1] if title else 'untitled'}).")
+    if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise UserError(f"{source} sent a damaged file.")
+    try:
+        found = network_name(load_network(path))
+    except UserError as error:
+        raise UserError(f"{source} sent no checkpoint of a network: {sentence(error)}") from error
+    if found != name:
+        raise UserError(f"{source} holds {found}, not {name}.")
 
 
 def download(url, path):
-    """Downloads a file, also from Google Drive, continuing where an earlier call was cut off."""
+    """Downloads a file, also from Google Drive, continuing where an earlier call was cut off -> whether it did so."""
     try:
         import gdown
     except ImportError:
@@ -49,27 +84,22 @@ def download(url, path):
     def attempt():
         gdown.download(url, str(path), resume=True, retries=RETRIES, timeout=PATIENCE, use_cookies=False)
 
+    def parts():
+        return list(path.parent.glob(f"{glob.escape(path.name)}*.part"))
+
+    continued = bool(parts()) or path.exists()
     try:
         try:
             attempt()
         except gdown.exceptions.DownloadError as error:
             if "byte range" not in str(error):
                 raise
-            for part in path.parent.glob(f"{path.name}*.part"):  # this host cannot continue: from the start, then
+            for part in parts():  # this host cannot continue: from the start, then
                 part.unlink()
             attempt()
     except (gdown.exceptions.DownloadError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{url} could not be fetched ({reason}).") from error
-
-
-def page_title(path, source):
-    """What a host sent in place of a file -> a sentence with the web page's title, or None if it is no web page."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        start = file.read(4096).decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
-    if not re.match(r"<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
-        return None
-    title = re.search(r"<title>\s*(.*?)\s*</title>", start, re.IGNORECASE | re.DOTALL)
-    return f"{source} sent a web page instead of weights ({title[1] if title else 'untitled'})."
+        kept = sum(part.stat().st_size for part in parts())
+        hint = f"; {kept / 2**20:.1f} MiB of it are kept, repeat the command to continue" if kept else ""
+        reason = " ".join(str(error).partition("\nThe received bytes")[0].split())
+        raise UserError(f"{url} could not be fetched ({reason.rstrip('.')}{hint}).") from error
+    return continued

@@ -1,6 +1,7 @@
 """Errors that a user can mend are sentences, not tracebacks."""
 
 import functools
+import logging
 import sys
 
 import torch
@@ -22,10 +23,13 @@ def listed(problems, most):
 
 
 def reports_errors(main):
-    """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend."""
+    """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend, and shows
+    what our modules log."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("utils").setLevel(logging.INFO)
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
 from pathlib import Path
 
 from utils.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -34,6 +37,11 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def disk_failed(error):
+    """Whether a UserError comes from a disk that takes no further file either."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_ERRORS
 
 
 def write_text(path, text):

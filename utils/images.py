@@ -23,6 +23,11 @@ def is_picture(path):
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
 
 
+def holds_pictures(folder):
+    """Whether a folder is there, with a picture in its tree."""
+    return Path(folder).is_dir() and any(is_picture(path) for path in Path(folder).rglob("*"))
+
+
 def find_pictures(source):
     """The pictures of a file, a folder tree or a glob pattern -> (sorted paths, the folder they are relative to).
 

@@ -14,17 +14,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from dataset_RGB import Pair, target_names
-from utils.errors import UserError, listed, reports_errors
+from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import atomic_write
-from utils.images import find_pictures, write_png
+from utils.images import find_pictures, read_image, write_png
 
 # How rainy and clean pictures are called in the original distributions: paths below the source, in lower case, without
 # their endings. A picture is a rainy one if its name fits and its clean one, by a name beside it, is there.
 LAYOUTS = [
-    (r"(.*)rain/x2/(.+)x2", [r"\1norain/\2"]),  # Rain200L, Rain200H
+    (r"(.*)rain/(?:x2/)?(.+)x2", [r"\1norain/\2"]),  # Rain200L, Rain200H
     (r"(.*)rainy_image/(.+)_\d+", [r"\1ground_truth/\2"]),  # DDN-Data
     (r"(.*?)(?:rainy/)?rain-(\d+)", [r"\1norain-\2", r"\1norain/norain-\2"]),  # Rain100L, Rain100H
     (r"(.*)real_world/(.+)_rain_\d+", [r"\1real_world_gt/\2_gt", r"\1real_world/\2_gt"]),  # SPA-Data, training
@@ -35,7 +36,7 @@ LAYOUTS = [
 
 
 def pairs_by_layout(source):
-    """-> list of Pair, list of pictures that belong to none."""
+    """-> list of Pair, list of sentences on pictures that belong to none."""
     paths, root = find_pictures(source)
     by_name = {path.relative_to(root).with_suffix("").as_posix().lower(): path for path in paths}
     pairs = []
@@ -50,13 +51,18 @@ def pairs_by_layout(source):
         if clean:
             pairs.append(Pair(path, by_name[clean]))
     used = {path for pair in pairs for path in (pair.input, pair.target)}
-    return pairs, [path for path in paths if path not in used]
+    return pairs, [f"{path} belongs to no pair" for path in paths if path not in used]
 
 
 def pairs_of_list(path):
-    """Pairs of a text file with a rainy and a clean path on each line, below the file's folder, as SPA-Data has."""
+    """Pairs of a text file with a rainy and a clean path on each line, below the file's folder, as SPA-Data has
+    -> list of Pair, and an empty list as nothing can be left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no list of pairs: unpack it, and give the folder that this makes.") from None
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         names = line.split()
         if names and len(names) != 2:
             raise UserError(f"{path}, line {number}: expected a rainy and a clean path, found {line!r}.")
@@ -65,7 +71,7 @@ def pairs_of_list(path):
     missing = [file for pair in pairs for file in (pair.input, pair.target) if not file.is_file()]
     if missing or not pairs:
         raise UserError(f"{path} names {len(missing)} files that do not exist: {', '.join(map(str, missing[:3]))}.")
-    return pairs
+    return pairs, []
 
 
 def new_names(pairs):
@@ -112,12 +118,37 @@ def place_pairs(pairs, destination, copy):
         place(path, new, copy)
 
 
-def split_halves(pairs, source, destination):
-    """Writes the halves of pictures as PNG, in the folders that they have below the source."""
-    for pair in tqdm(pairs, unit="pair", disable=None):
-        name = pair.input.relative_to(source).with_suffix(".png")
-        for folder, image in zip(("input", "target"), pair.read()):
-            write_png(destination / folder / name, np.ascontiguousarray(image))
+def split_halves(pairs, root, destination):
+    """Writes the halves of pictures as PNG, in the folders that they have below `root` -> number of pairs, list of
+    sentences on pictures that were left out."""
+    problems, new = [], {}
+    for pair in pairs:
+        name = pair.input.relative_to(root).with_suffix(".png")
+        if new.setdefault(name, pair) != pair:
+            problems.append(f"{pair.input} and {new[name].input} have one name")
+    done = 0
+    for name, pair in tqdm(new.items(), unit="picture", disable=None):
+        try:
+            mode = mode_of(pair.input)
+            if mode not in ("RGB", "L"):
+                raise UserError(f"{pair.input} would lose something as 8-bit RGB (its mode is {mode}).")
+            for folder, image in zip(("input", "target"), pair.read()):
+                path = destination / folder / name
+                if path.exists() and not np.array_equal(read_image(path), image):
+                    raise UserError(f"{path} is there already and is another picture than the half of {pair.input}.")
+                write_png(path, np.ascontiguousarray(image))
+            done += 1
+        except UserError as error:
+            problems.append(sentence(error))
+    return done, problems
+
+
+def mode_of(path):
+    try:
+        with Image.open(path) as picture:
+            return picture.mode
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}).") from error
 
 
 @reports_errors
@@ -128,25 +159,22 @@ def main(argv=None):
     parser.add_argument("--copy", action="store_true", help="copy files instead of linking to them")
     parser.add_argument("--clean_half", choices=("left", "right"), help="split pictures that hold both side by side")
     args = parser.parse_args(argv)
-    left_over = []
     if args.clean_half:
-        pairs = [Pair(path, path, args.clean_half) for path in find_pictures(args.source)[0]]
-    elif args.source.is_file():
-        pairs = pairs_of_list(args.source)
+        paths, root = find_pictures(args.source)
+        pairs = [Pair(path, path, args.clean_half) for path in paths]
+        count, left_out = split_halves(pairs, root, args.destination)
     else:
-        pairs, left_over = pairs_by_layout(args.source)
-    if not pairs:
-        raise UserError(
-            f"{args.source} is laid out like none of the distributions in Datasets/README.md: put rainy pictures into "
-            f"{args.destination}/input and clean ones of the same names into {args.destination}/target."
-        )
-    if args.clean_half:
-        split_halves(pairs, args.source, args.destination)
-    else:
+        pairs, left_out = (pairs_of_list if args.source.is_file() else pairs_by_layout)(args.source)
+        if not pairs:
+            raise UserError(
+                f"{args.source} is laid out like none of the distributions in Datasets/README.md: put rainy pictures "
+                f"into {args.destination}/input and clean ones of the same names into {args.destination}/target."
+            )
         place_pairs(pairs, args.destination, args.copy)
-    print(f"{len(pairs)} pairs in {args.destination}; `python dataset_RGB.py {args.destination}` examines them")
-    if left_over:
-        raise UserError(f"{len(left_over)} pictures belong to no pair and were left out:{listed(left_over, 10)}")
+        count = len(pairs)
+    print(f"{count} pairs in {args.destination}; `python dataset_RGB.py {args.destination}` examines them")
+    if left_out:
+        raise UserError(f"{len(left_out)} pictures were left out:{listed(left_out, 10)}")
 
 
 if __name__ == "__main__":
