@@ -38,13 +38,13 @@ class Style(NamedTuple):
 
 STYLES = {
     # fine streaks in one direction: Rain12, Rain100L, Rain200L
-    "light": Style(0.4, (1, 2), (0, 30), (0, 2), (6, 45), (0.35, 0.9), (8e-4, 1.2e-2), (0.15, 0.8), (0.6, 1)),
+    "light": Style(0.4, (1, 2), (0, 30), (0, 2), (6, 45), (0.35, 0.9), (6e-4, 8e-3), (0.15, 0.8), (0.6, 1)),
     # overlapping streaks in five directions: Rain100H, Rain200H
     "heavy": Style(0.2, (3, 6), (0, 20), (5, 45), (12, 60), (0.4, 1.2), (1e-3, 6e-3), (0.3, 0.8), (0.7, 1)),
     # thick showers of soft streaks: Rain800, DID-Data, DDN-Data
     "shower": Style(0.3, (1, 3), (0, 40), (0, 8), (8, 50), (0.5, 1.5), (3e-3, 2e-2), (0.1, 0.5), (0.7, 1)),
     # all depths at once, from haze to defocused drops before the lens: photographs of real rain
-    "deep": Style(0.1, (3, 5), (0, 25), (0, 5), (2, 80), (0.35, 3), (1e-3, 3e-2), (0.05, 0.45), (0.6, 0.95), (0, 0.45)),
+    "deep": Style(0.1, (3, 5), (0, 25), (0, 5), (4, 70), (0.35, 2), (2e-3, 2e-2), (0.05, 0.35), (0.6, 0.95), (0, 0.5)),
 }
 
 
@@ -58,15 +58,18 @@ def streak_kernel(length, width, angle):
     return np.exp(-(across**2 + beyond**2) / (2 * width**2)).astype(np.float32)
 
 
-def logarithmic(rng, bounds):
-    return float(np.exp(rng.uniform(*np.log(bounds))))
+def between(bounds, part):
+    """The value that lies `part` (0 to 1) of the way between two bounds, in their logarithms."""
+    return float(np.exp(np.log(bounds[0]) + part * np.log(bounds[1] / bounds[0])))
 
 
 def streaks(height, width, style, direction, rng, kinds=3):
-    """One depth of rain -> H×W float32 opacity in [0, 1]. Its drops are of `kinds` lengths and directions, a little
-    apart, and each of a brightness of its own."""
-    length, thickness = logarithmic(rng, style.length), logarithmic(rng, style.width)
-    density = logarithmic(rng, style.density) / max(1, length * thickness / 15)  # large drops are fewer
+    """One depth of rain -> H×W float32 opacity in [0, 1]. Near drops are long, wide and few. The drops are of `kinds`
+    lengths and directions, a little apart, and each of a brightness of its own."""
+    nearness = rng.random()
+    length = between(style.length, nearness)
+    thickness = between(style.width, np.clip(nearness + rng.normal(0, 0.25), 0, 1))
+    density = between(style.density, rng.random()) / max(1, length * thickness / 15)
     margin = int(np.ceil(length))
     layer = np.zeros((height + 2 * margin, width + 2 * margin), np.float32)
     for _ in range(kinds):
