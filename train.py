@@ -39,7 +39,7 @@ from dataset_RGB import (
 )
 from evaluations.metrics import psnr
 from losses import DerainLoss
-from utils.checkpoint import build_network, load_checkpoint, network_name, save_checkpoint
+from utils.checkpoint import build_network, load_checkpoint, load_network, network_name, save_checkpoint
 from utils.devices import end_processes, largest_over_processes, start_processes, sum_over_processes
 from utils.errors import UserError, reports_errors
 from utils.images import find_pictures
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
     add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
     add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
-    add("pretrain_weights", help="checkpoint whose weights training starts from")
+    add("pretrain_weights", help="checkpoint whose weights, averaged ones if it has them, training starts from")
     add("model_save_dir", "checkpoints", "where checkpoints go")
     add("mode", "Deraininig", "part of the checkpoints' path, spelt as in the published code")
     add("session", "Multiscale", "name of this run, part of the checkpoints' path")
@@ -137,7 +137,7 @@ def make_network(args, latest, checkpoint):
     if not source:
         preset = DATASETS[args.dataset].model if args.dataset else "nerd_rain"
         return getattr(model, args.model or preset)()
-    net = build_network((checkpoint or load_checkpoint(source))["state_dict"], source)
+    net = build_network(checkpoint["state_dict"], source) if checkpoint else load_network(source)
     if args.model:
         with torch.device("meta"):
             wanted = network_name(getattr(model, args.model)())

@@ -4,6 +4,7 @@ import torch
 import model
 from model import MultiscaleNet
 from tests.golden import NETWORKS, golden_weights
+from utils import checkpoint
 from utils.checkpoint import load_checkpoint, load_network, network_name, save_checkpoint
 from utils.errors import UserError
 
@@ -37,6 +38,16 @@ def test_averaged_weights_are_preferred(tmp_path):
     save_checkpoint(tmp_path / "both.pth", epoch=1, state_dict=raw, ema=averaged)
     net = load_network(tmp_path / "both.pth")
     assert torch.equal(net.output_max.weight, averaged["output_max.weight"])
+
+
+def test_weights_are_passed_on_in_half_precision(tmp_path):
+    raw, averaged = (MultiscaleNet(dim=8, num_blocks=(1, 1, 1)).state_dict() for _ in range(2))
+    save_checkpoint(tmp_path / "both.pth", epoch=1, state_dict=raw, ema=averaged, optimizer={"state": {}})
+    checkpoint.main([str(tmp_path / "both.pth"), str(tmp_path / "half.pth")])
+    content = torch.load(tmp_path / "half.pth", weights_only=True)
+    assert content.keys() == {"state_dict"} and content["state_dict"].keys() == raw.keys()
+    assert all(torch.equal(tensor, averaged[name].half()) for name, tensor in content["state_dict"].items())
+    assert load_network(tmp_path / "half.pth").output_max.weight.dtype == torch.float32
 
 
 def test_a_recognised_mprnet_form_still_shares_its_slope(tmp_path):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from dataset_RGB import DATASETS, TrainingPatches, find_pairs
 from tests.conftest import make_pairs
-from utils.checkpoint import load_checkpoint, load_network, network_name
+from utils.checkpoint import load_checkpoint, load_network, network_name, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -379,3 +379,11 @@ def test_photographs_are_trained_on_with_synthetic_rain(options, pairs_folder, t
     assert not torch.equal(first["input"], first["target"]) and not torch.equal(first["input"], next_epoch["input"])
     train.main([*options, "--clean_dir", str(photos), "--num_epochs", "1"])
     assert lines_of(session(tmp_path))[0]["total"] > 0
+
+
+def test_training_starts_from_averaged_weights(options, tmp_path, narrow_weights):
+    averaged = {name: tensor + 1 for name, tensor in load_checkpoint(narrow_weights)["state_dict"].items()}
+    save_checkpoint(tmp_path / "both.pth", state_dict=load_checkpoint(narrow_weights)["state_dict"], ema=averaged)
+    args = train.parse_args([*options, "--pretrain_weights", str(tmp_path / "both.pth")])
+    net = train.make_network(args, tmp_path / "latest.pth", None)
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in net.state_dict().items())

@@ -1,12 +1,16 @@
 """Checkpoints: one way to write them, one way to read them. The format is the published one: a dict with "epoch",
-"state_dict" and "optimizer"; ours add "ema" (averaged weights) and what an exact resume needs."""
+"state_dict" and "optimizer"; ours add "ema" (averaged weights) and what an exact resume needs.
 
+python -m utils.checkpoint model_best.pth weights.pth      keeps the weights alone, in half precision, to pass them on
+"""
+
+import argparse
 import re
 
 import torch
 
 from model import MultiscaleNet
-from utils.errors import UserError
+from utils.errors import UserError, reports_errors
 from utils.files import atomic_write
 
 PUBLISHED = {
@@ -108,3 +112,17 @@ def load_network(path):
     """
     content = load_checkpoint(path)
     return build_network(content.get("ema") or content["state_dict"], path)
+
+
+@reports_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Keeps the weights that test.py would use, in half precision.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("output")
+    args = parser.parse_args(argv)
+    weights = load_network(args.checkpoint).state_dict()
+    save_checkpoint(args.output, state_dict={name: tensor.half() for name, tensor in weights.items()})
+
+
+if __name__ == "__main__":
+    main()
