@@ -75,12 +75,18 @@ class Attention(nn.Module):
         self.project_out = conv1x1(channels, channels)
 
     def forward(self, x):
-        heads = len(self.temperature)
-        qkv = self.qkv_dwconv(self.qkv(x)).flatten(2)  # B×3C×HW
-        q, k, v = (t.unflatten(1, (heads, -1)) for t in qkv.chunk(3, dim=1))  # B×heads×C/heads×HW each
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)  # B×heads×C/heads×C/heads
-        out = (scores * self.temperature).softmax(dim=-1) @ v
-        return self.project_out(out.reshape(x.shape))
+        heads, (height, width) = len(self.temperature), x.shape[2:]
+        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1).flatten(1, 2)  # B×HW×3C, a view if x is channels-last
+        q, k, v = qkv.chunk(3, dim=2)
+        q, k = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))  # B×heads×HW×C/heads
+        # Dividing the small matrix by the norms equals normalising q and k, with the same bound of 1e-12.
+        q_scale, k_scale = (t.float().square().sum(2).clamp_min(1e-24).rsqrt() for t in (q, k))  # B×heads×C/heads
+        scores = (q.transpose(2, 3) @ k) * q_scale[..., None] * k_scale[..., None, :]
+        attention = (scores * self.temperature).softmax(dim=3)  # B×heads×C/heads×C/heads
+        # project_out(attention @ v) as one product per pixel: the weights take in the attention.
+        project = self.project_out.weight.flatten(1).unflatten(1, (heads, -1))  # C×heads×C/heads
+        project = torch.einsum("ohc,bhcd->bhdo", project, attention).flatten(1, 2)  # B×C×C
+        return (v @ project).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class FeedForward(nn.Module):
@@ -94,7 +100,10 @@ class FeedForward(nn.Module):
         self.project_out = conv1x1(hidden, channels)
 
     def forward(self, x):
-        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        halves = zip(self.project_in.weight.chunk(2), self.dwconv.main[0].weight.chunk(2))
+        gate, value = (  # one after the other: slices of one tensor are slow to read where channels come last
+            F.conv2d(F.conv2d(x, project), filters, padding=1, groups=len(filters)) for project, filters in halves
+        )
         return self.project_out(F.gelu(gate) * value)
 
 
