@@ -82,7 +82,7 @@ class Attention(nn.Module):
         # Dividing the small matrix by the norms equals normalising q and k, with the same bound of 1e-12.
         q_scale, k_scale = (t.float().square().sum(2).clamp_min(1e-24).rsqrt() for t in (q, k))  # B×heads×C/heads
         scores = (q.transpose(2, 3) @ k) * q_scale[..., None] * k_scale[..., None, :]
-        attention = (scores * self.temperature).softmax(dim=3)  # B×heads×C/heads×C/heads
+        attention = (scores * self.temperature).softmax(dim=3).to(v.dtype)  # B×heads×C/heads×C/heads
         # project_out(attention @ v) as one product per pixel: the weights take in the attention.
         project = self.project_out.weight.flatten(1).unflatten(1, (heads, -1))  # C×heads×C/heads
         project = torch.einsum("ohc,bhcd->bhdo", project, attention).flatten(1, 2)  # B×C×C

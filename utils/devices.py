@@ -1,5 +1,7 @@
 """Where to run: the device, and which process of how many this one is."""
 
+import contextlib
+import ctypes
 import os
 
 import torch
@@ -7,14 +9,26 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory():
+    """Lets the process keep memory that it frees. By default glibc gives each large tensor back to the kernel, which
+    has to zero every page of the next one: a quarter of the network's time on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to set
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
 
 def choose_device(gpus=None):
     """-> torch.device. `gpus` is a GPU's number as in "0" (of "0,1" the first counts) or "cpu"; None takes a GPU if
     there is one. Raises UserError if the GPU asked for is not there."""
-    if gpus is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if gpus == "cpu":
+    if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
+        keep_freed_memory()
         return torch.device("cpu")
+    if gpus is None:
+        return torch.device("cuda")
     number = gpus.split(",")[0]
     if not (number.isascii() and number.isdecimal()):
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
@@ -30,8 +44,8 @@ def start_processes():
     """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes)."""
     if "LOCAL_RANK" not in os.environ:
         return choose_device(), 0, 1
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device = choose_device()
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"there are {torch.cuda.device_count()} GPUs here: give torchrun that --nproc_per_node.")
