@@ -38,6 +38,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--win_size", type=int, default=256, help="window of the published test procedure (default: 256)"
     )
+    parser.add_argument("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
     parser.add_argument(
         "--target_dir", help="clean pictures: prints PSNR and SSIM before and after, and writes them as CSV"
     )
@@ -110,7 +111,7 @@ def main(argv=None):
     with logging_redirect_tqdm():
         for path, output in tqdm(outputs.items(), unit="picture", disable=None):
             try:
-                rainy, derained = derain_file(net, path, output, args.win_size)
+                rainy, derained = derain_file(net, path, output, args.win_size, args.bf16)
                 if path in targets:
                     clean = read_image(targets[path])
                     if clean.shape != rainy.shape:

@@ -43,8 +43,9 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def measure(network, height, width, device, repeats):
+def measure(network, height, width, gpus, repeats):
     """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
+    device = choose_device(gpus)
     net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     weights = peak_memory(device)
@@ -82,7 +83,7 @@ def main(argv=None):
     for network in args.networks:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
-                found = pool.submit(measure, network, height, width, device, args.repeats).result()
+                found = pool.submit(measure, network, height, width, args.gpus, args.repeats).result()
             except (BrokenProcessPool, MemoryError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(

@@ -29,7 +29,7 @@ def test_the_command_prints_the_published_size(capsys):
 @pytest.mark.parametrize("width, windows", [(256, 1), (512, 2)])
 def test_multiply_adds_are_those_of_the_windows(monkeypatch, width, windows):
     monkeypatch.setattr(model, "nerd_rain_s", OneConvolution)
-    found = complexity.measure("nerd_rain_s", 256, width, torch.device("cpu"), 1)
+    found = complexity.measure("nerd_rain_s", 256, width, "cpu", 1)
     assert found["multiply_adds"] == windows * 256 * 256 * 3 * 3 * 3 * 3
     assert found["parameters"] == 84
 
@@ -38,7 +38,7 @@ def test_the_time_is_the_median(monkeypatch):
     monkeypatch.setattr(model, "nerd_rain_s", OneConvolution)
     moments = iter([0, 1, 10, 12, 20, 29])  # pictures that take 1, 2 and 9 seconds
     monkeypatch.setattr(complexity.time, "perf_counter", lambda: next(moments))
-    assert complexity.measure("nerd_rain_s", 16, 16, torch.device("cpu"), 3)["seconds"] == 2
+    assert complexity.measure("nerd_rain_s", 16, 16, "cpu", 3)["seconds"] == 2
 
 
 def test_wrong_sizes_are_refused():

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import model
 from losses import DerainLoss, EdgeDistance, Pyramid
-from model import INR, MultiscaleNet
+from model import INR, Attention, MultiscaleNet
 from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
+from tests.yardstick import yardstick
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -54,18 +54,41 @@ def test_parts_give_the_published_outputs():
         np.testing.assert_allclose(result, ARRAYS[f"nerd_rain_s/{name}/output"], rtol=0, atol=2e-6, err_msg=name)
 
 
-@torch.inference_mode()
-def test_inr_head_equals_the_published_formulation():
-    """Unfold, append relative coordinates and cells, ask the MLP four times, average."""
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_published_formulation_gives_the_same_outputs(name, memory_format):
     torch.manual_seed(0)
-    head = INR(dim=8)
-    features = torch.randn(2, 8, 10, 14)
-    neighbourhoods = F.unfold(features, 3, padding=1).transpose(1, 2)  # B×hw×9·dim
-    coordinates = neighbourhoods.new_zeros(*neighbourhoods.shape[:2], 18)
-    cells = neighbourhoods.new_full((*neighbourhoods.shape[:2], 2), 2.0)
-    answers = [head.imnet(torch.cat([neighbourhoods, coordinates, cells], dim=2)) for _ in range(4)]
-    expected = (sum(answers) / 4).transpose(1, 2).reshape(2, 3, 10, 14)
-    torch.testing.assert_close(head(features), expected, rtol=0, atol=1e-6)
+    net = golden_network(name)
+    x = torch.rand(2, 3, 48, 64)
+    with torch.inference_mode():
+        expected = yardstick(net)(x)
+        outputs = net.to(memory_format=memory_format)(x.to(memory_format=memory_format))
+    for output, other in zip(outputs, expected):
+        torch.testing.assert_close(output, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part, inputs", [(INR(8), (2, 8, 10, 14)), (Attention(12, 3), (2, 12, 7, 9))])
+def test_parts_equal_the_published_formulation(part, inputs):
+    """Outputs and gradients; channels that are all zero, on black pictures, have finite gradients, too."""
+    plain = yardstick(part)
+    assert type(plain) is not type(part)
+    x = torch.randn(inputs, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for module in (part, plain):
+        y = module(x)
+        gradients.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    black = part(torch.zeros(inputs)).sum()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(black, list(part.parameters())))
+
+
+def test_attention_in_half_precision_stays_near():
+    attention, x = Attention(16, 2), torch.rand(1, 16, 24, 24)
+    expected = attention(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention(x).float(), expected, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(attention.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.02)
 
 
 def test_pass_3_of_the_max_scale_reduces_with_the_layer_of_pass_2():
