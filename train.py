@@ -210,7 +210,7 @@ class Trainer:
         self.net = make_network(args, self.latest, checkpoint).to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.loss = DerainLoss().to(self.device)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
         self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
         self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of their losses
         self.best_psnr, self.best_epoch = -math.inf, 0

@@ -51,7 +51,8 @@ def by_default(function):
 
 
 def seconds_of(variants, repeats, device):
-    """Runs each of the named functions once to warm up, then all of them in turn -> dict of name -> median seconds."""
+    """Runs the named functions in turn, each twice in a row -> dict of name -> median seconds of the second runs. The
+    first ones settle caches and memory after the function before."""
 
     def run(function):
         start = time.perf_counter()
@@ -60,11 +61,10 @@ def seconds_of(variants, repeats, device):
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    for function in variants.values():
-        run(function)
     times = {name: [] for name in variants}
     for _ in range(repeats):
         for name, function in variants.items():
+            run(function)
             times[name].append(run(function))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -45,7 +45,7 @@ def test_training_terms_and_gradients_are_the_published_ones(name, key, prefix, 
 
 def test_eight_adam_steps_follow_the_published_ones():
     net = golden_network("nerd_rain_s").to(memory_format=torch.channels_last)
-    loss, optimizer = DerainLoss(), torch.optim.Adam(net.parameters(), lr=1e-4)
+    loss, optimizer = DerainLoss(), torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
     x, y = golden_input("train_input", 2, 3, 64, 64), golden_input("train_target", 2, 3, 64, 64)
     trace = []
     for _ in range(8):
