@@ -56,3 +56,10 @@ def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
 def test_windows_must_fit_the_network(narrow_net, window):
     with pytest.raises(ValueError, match="multiple of 16"):
         derain(narrow_net, np.zeros((32, 32, 3), np.uint8), window)
+
+
+def test_bfloat16_gives_nearly_the_same_picture():
+    net = golden_network("nerd_rain_s")
+    image = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    exact, fast = (derain(net, image, window=48, bf16=bf16).astype(int) for bf16 in (False, True))
+    assert 0 < np.abs(exact - fast).mean() < 2
