@@ -85,3 +85,11 @@ def test_the_command_writes_pairs_that_train(tmp_path):
     assert len(pairs) == 6
     assert len({read_image(pair.input).tobytes() for pair in pairs}) == 6
     assert all(np.array_equal(read_image(pair.target), GREY) for pair in pairs)
+
+
+def test_the_command_keeps_to_a_style(tmp_path):
+    write_png(tmp_path / "photos" / "a.png", GREY)
+    for style in ("light", "heavy"):
+        rain.main([str(tmp_path / "photos"), str(tmp_path / style), "--style", style, "--versions", "8"])
+    means = [np.mean([read_image(p).mean() for p in (tmp_path / s / "input").iterdir()]) for s in ("light", "heavy")]
+    assert means[1] > means[0] + 5

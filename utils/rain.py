@@ -37,14 +37,51 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    # fine streaks in one direction: Rain12, Rain100L, Rain200L
-    "light": Style(0.4, (1, 2), (0, 30), (0, 2), (6, 45), (0.35, 0.9), (6e-4, 8e-3), (0.15, 0.8), (0.6, 1)),
-    # overlapping streaks in five directions: Rain100H, Rain200H
-    "heavy": Style(0.2, (3, 6), (0, 20), (5, 45), (12, 60), (0.4, 1.2), (1e-3, 6e-3), (0.3, 0.8), (0.7, 1)),
-    # thick showers of soft streaks: Rain800, DID-Data, DDN-Data
-    "shower": Style(0.3, (1, 3), (0, 40), (0, 8), (8, 50), (0.5, 1.5), (3e-3, 2e-2), (0.1, 0.5), (0.7, 1)),
-    # all depths at once, from haze to defocused drops before the lens: photographs of real rain
-    "deep": Style(0.1, (3, 5), (0, 25), (0, 5), (4, 70), (0.35, 2), (2e-3, 2e-2), (0.05, 0.35), (0.6, 0.95), (0, 0.5)),
+    "light": Style(  # fine streaks in one direction: Rain12, Rain100L, Rain200L
+        share=0.4,
+        layers=(1, 2),
+        tilt=(0, 30),
+        spread=(0, 2),
+        length=(6, 45),
+        width=(0.35, 0.9),
+        density=(6e-4, 8e-3),
+        opacity=(0.15, 0.8),
+        brightness=(0.6, 1),
+    ),
+    "heavy": Style(  # overlapping streaks in about five directions: Rain100H, Rain200H
+        share=0.2,
+        layers=(3, 6),
+        tilt=(0, 20),
+        spread=(5, 45),
+        length=(12, 60),
+        width=(0.4, 1.2),
+        density=(1e-3, 6e-3),
+        opacity=(0.3, 0.8),
+        brightness=(0.7, 1),
+    ),
+    "shower": Style(  # thick showers of soft streaks: Rain800, DID-Data, DDN-Data
+        share=0.3,
+        layers=(1, 3),
+        tilt=(0, 40),
+        spread=(0, 8),
+        length=(8, 50),
+        width=(0.5, 1.5),
+        density=(3e-3, 2e-2),
+        opacity=(0.1, 0.5),
+        brightness=(0.7, 1),
+    ),
+    "deep": Style(  # all depths at once, from haze to defocused drops before the lens: photographs of real rain
+        share=0.1,
+        layers=(3, 5),
+        tilt=(0, 25),
+        spread=(0, 5),
+        length=(4, 70),
+        width=(0.35, 2),
+        density=(2e-3, 2e-2),
+        opacity=(0.05, 0.35),
+        brightness=(0.6, 0.95),
+        veil=(0, 0.5),
+    ),
 }
 
 
@@ -127,6 +164,7 @@ def main(argv=None):
     parser.add_argument("clean", help="clean photographs: a folder, a picture or a 'pattern'")
     parser.add_argument("output", type=Path, help="where input/ and target/ go")
     parser.add_argument("--versions", type=int, default=1, help="rainy versions of each photograph (default: 1)")
+    parser.add_argument("--style", choices=STYLES, help="one kind of rain (default: all, by their shares)")
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
     paths, root = find_pictures(args.clean)
@@ -140,7 +178,7 @@ def main(argv=None):
         write_png(args.output / "target" / f"{name}.png", clean)
         for version in range(1, args.versions + 1):
             rng = np.random.default_rng((args.seed, number, version))
-            write_png(args.output / "input" / f"{name}_{version}.png", add_rain(clean, rng))
+            write_png(args.output / "input" / f"{name}_{version}.png", add_rain(clean, rng, args.style))
 
 
 if __name__ == "__main__":
