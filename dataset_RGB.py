@@ -264,9 +264,10 @@ class EpochSampler(DistributedSampler):
 
 
 def quiet_worker(_):
-    """Workers leave Ctrl-C to the main process, and end at once when it asks them to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Workers leave Ctrl-C and SIGTERM, which schedulers send to a whole group of processes, to the main process: it
+    saves, and they end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

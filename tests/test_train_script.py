@@ -35,7 +35,8 @@ def session(tmp_path, name="a"):
 
 def start(options, launcher=("train.py",)):
     command = [sys.executable, *launcher, *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def weights_of(folder):
@@ -94,7 +95,7 @@ def test_interrupted_runs_end_with_the_weights_of_an_uninterrupted_one(options, 
         while not (folder / "log.jsonl").exists() or len(lines_of(folder)) < 3:
             assert run.poll() is None, run.stdout.read()
             time.sleep(0.02)
-        run.send_signal(number)
+        os.killpg(run.pid, number)  # as terminals and schedulers do: its data-loading processes get it, too
         output, _ = run.communicate(timeout=60)
         if number == signal.SIGKILL:
             assert run.returncode == -number
