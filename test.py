@@ -20,7 +20,7 @@ from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
 from utils.images import contact_sheet, find_pictures, read_image, write_png
-from utils.inference import derain_file
+from utils.inference import MODES, WINDOW, Derainer
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
@@ -36,9 +36,15 @@ def parse_args(argv=None):
     parser.add_argument("--weights", required=True, help="a checkpoint; which network it holds is read from it")
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--win_size", type=int, default=256, help="window of the published test procedure (default: 256)"
+        "--mode",
+        choices=MODES,
+        help="windows as published, overlapping tiles blended without seams, or each picture whole (default: window up "
+        "to a megapixel, tile above)",
     )
+    parser.add_argument("--win_size", type=int, default=WINDOW, help="side of windows and tiles (default: %(default)s)")
+    parser.add_argument("--ensemble", action="store_true", help="mean of the eight turned and mirrored pictures")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
+    parser.add_argument("--fused", action="store_true", help="fused kernels and CUDA graphs, on NVIDIA GPUs")
     parser.add_argument(
         "--target_dir", help="clean pictures: prints PSNR and SSIM before and after, and writes them as CSV"
     )
@@ -107,23 +113,32 @@ def main(argv=None):
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
     print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
 
+    derainer = Derainer(net, args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
+
+    def finish(path, rainy, derained):
+        """Writes a result -> its scores and the three pictures, if there is a clean one."""
+        write_png(outputs[path], derained)
+        if path not in targets:
+            return None
+        clean = read_image(targets[path])
+        if clean.shape != rainy.shape:
+            raise UserError(f"{path} and {targets[path]} are not of one size: it was not measured.")
+        scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
+        return scores, (rainy, derained, clean)
+
     rows, panel = [], []
     with logging_redirect_tqdm():
-        for path, output in tqdm(outputs.items(), unit="picture", disable=None):
-            try:
-                rainy, derained = derain_file(net, path, output, args.win_size, args.bf16)
-                if path in targets:
-                    clean = read_image(targets[path])
-                    if clean.shape != rainy.shape:
-                        raise UserError(f"{path} and {targets[path]} are not of one size: it was not measured.")
-                    scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
-                    rows.append((str(output.relative_to(output_dir)), *scores))
-                    if args.panel and len(panel) < PANEL_ROWS:
-                        panel.append((rainy, derained, clean))
-            except UserError as error:
-                if disk_failed(error):
-                    raise
-                problems[path] = sentence(error)
+        results = derainer.files(outputs, finish)
+        for path, result in tqdm(results, total=len(outputs), unit="picture", disable=None):
+            if isinstance(result, UserError):
+                if disk_failed(result):
+                    raise result
+                problems[path] = sentence(result)
+            elif result:
+                scores, pictures = result
+                rows.append((str(outputs[path].relative_to(output_dir)), *scores))
+                if args.panel and len(panel) < PANEL_ROWS:
+                    panel.append(pictures)
     if rows:
         write_table(rows, output_dir / "psnr_ssim.csv")
     if panel:

@@ -14,7 +14,7 @@ import model
 from benchmarks.common import parse_args, report
 from evaluations.complexity import peak_memory
 from utils.devices import choose_device
-from utils.inference import derain
+from utils.inference import Derainer
 
 SIDES = (512, 1024, 2048, 4096)
 
@@ -24,10 +24,11 @@ def derain_once(network, side, gpus):
     device = choose_device(gpus)
     net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
     weights = peak_memory(device)
+    derain = Derainer(net)
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    derain(net, picture[:256, :256])
+    derain(picture[:256, :256])
     start = time.perf_counter()
-    derain(net, picture)
+    derain(picture)
     return time.perf_counter() - start, peak_memory(device) - weights
 
 

@@ -28,7 +28,7 @@ from utils.checkpoint import network_name
 from utils.devices import choose_device
 from utils.environment import software
 from utils.errors import UserError, reports_errors
-from utils.inference import derain
+from utils.inference import Derainer
 
 NETWORKS = ("nerd_rain_s", "nerd_rain", "nerd_rain_mprnet")
 
@@ -47,16 +47,17 @@ def measure(network, height, width, gpus, repeats):
     """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
     device = choose_device(gpus)
     net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
+    derain = Derainer(net)
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     weights = peak_memory(device)
-    derain(net, picture)  # warms up, before anything else can raise the peak
+    derain(picture)  # warms up, before anything else can raise the peak
     memory = peak_memory(device) - weights
     with FlopCounterMode(display=False) as counter:
-        derain(net, picture)
+        derain(picture)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        derain(net, picture)  # ends with the picture on the CPU
+        derain(picture)  # ends with the picture on the CPU
         seconds.append(time.perf_counter() - start)
     return {
         "network": network_name(net),

@@ -27,8 +27,8 @@ from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv, write_text
-from utils.images import find_pictures, holds_pictures
-from utils.inference import derain_file
+from utils.images import find_pictures, holds_pictures, write_png
+from utils.inference import Derainer
 
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
 
@@ -70,13 +70,12 @@ def derain_test_set(model, dataset, device, args):
     net = load_released(model, dataset, args).to(device, memory_format=torch.channels_last).eval()
     outputs = {path: (output_dir / path.relative_to(root)).with_suffix(".png") for path in paths}
     outputs = {path: output for path, output in outputs.items() if not output.exists()}
+    results = Derainer(net, mode="window").files(outputs, lambda path, _, derained: write_png(outputs[path], derained))
     problems = []
-    for path, output in tqdm(outputs.items(), f"{model} on {dataset}", unit="picture", disable=None):
-        try:
-            derain_file(net, path, output)
-        except UserError as error:
+    for _, error in tqdm(results, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
+        if error:
             if disk_failed(error):
-                raise
+                raise error
             problems.append(sentence(error))
     if problems:
         raise UserError(f"{model} on {dataset} could not derain all pictures:{listed(problems, 3)}")

@@ -1,11 +1,14 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from model import MultiscaleNet
 from tests.golden import ARRAYS, golden_input, golden_network
-from utils.images import to_image
-from utils.inference import derain, derain_windows, spans
+from utils.errors import UserError
+from utils.images import read_image, to_image, write_png
+from utils.inference import Derainer, tile_spans, window_spans
 
 
 @pytest.fixture(scope="module")
@@ -19,47 +22,171 @@ def narrow_net():
     return MultiscaleNet(dim=8, num_blocks=(1, 1, 1))
 
 
+def random_picture(height, width, seed=0, dtype=np.uint8):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (height, width, 3), dtype=dtype, endpoint=True)
+
+
 @pytest.mark.parametrize("key", [key for key in ARRAYS if key.startswith("window64/")])
 def test_windows_give_the_published_pictures(reference_net, key):
     size = key.partition("/")[2]
     height, width = map(int, size.split("x"))
-    result = to_image(derain_windows(reference_net, golden_input(f"window{size}", 1, 3, height, width)[0], window=64))
-    difference = np.abs(result.astype(int) - ARRAYS[key])
+    picture = golden_input(f"window{size}", 1, 3, height, width)[0]
+    result = Derainer(reference_net, window=64)(picture.permute(1, 2, 0).numpy())
+    assert result.dtype == np.float32
+    difference = np.abs(to_image(torch.from_numpy(result).permute(2, 0, 1)).astype(int) - ARRAYS[key])
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-4
 
 
-def test_windows_cover_every_pixel_once():
+def test_windows_cover_every_pixel_once_and_tiles_sum_to_one():
     for side in range(1, 200):
         for window in (16, 48):
             if side < window:
                 continue
-            used = [pixel for start, first in spans(side, window) for pixel in range(first, start + window)]
-            assert used == list(range(side))
-            assert all(start + window <= side for start, _ in spans(side, window))
+            for spans in (window_spans(side, window), tile_spans(side, window, window // 8)):
+                total = np.zeros(side)
+                for start, weights in spans:
+                    assert start >= 0 and len(weights) == window and weights.min() >= 0
+                    total[start : start + window] += weights
+                assert total == pytest.approx(1, abs=1e-6)
+                starts = [start for start, _ in spans]
+                assert starts == sorted(set(starts))
+            assert all(np.isin(weights, (0, 1)).all() for _, weights in window_spans(side, window))
+            assert all(b - a <= window - window // 8 for a, b in itertools.pairwise(starts))
 
 
+@pytest.mark.parametrize("mode", [None, "window", "tile", "whole"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (16, 16), (31, 33), (64, 20), (70, 100)])
-def test_any_size_is_derained(narrow_net, size):
-    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
-    result = derain(narrow_net, image, window=32)
+def test_any_size_is_derained(narrow_net, size, mode):
+    image, derain = random_picture(*size), Derainer(narrow_net, mode, window=32)
+    result = derain(image)
     assert result.shape == image.shape and result.dtype == np.uint8
-    assert np.array_equal(result, derain(narrow_net, image, window=32))
+    assert np.array_equal(result, derain(image))
 
 
 def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
-    image = np.random.default_rng(0).integers(0, 255, (20, 48, 3), dtype=np.uint8)
+    image = random_picture(20, 48)
     padded = np.concatenate([image, image[18:6:-1]])  # 32 rows
-    assert np.array_equal(derain(narrow_net, image, window=64), derain(narrow_net, padded, window=64)[:20])
+    derain = Derainer(narrow_net, window=64)
+    assert np.array_equal(derain(image), derain(padded)[:20])
 
 
-@pytest.mark.parametrize("window", [0, -16, 100])
-def test_windows_must_fit_the_network(narrow_net, window):
-    with pytest.raises(ValueError, match="multiple of 16"):
-        derain(narrow_net, np.zeros((32, 32, 3), np.uint8), window)
+def test_small_pictures_are_the_same_in_every_mode(narrow_net):
+    image = random_picture(40, 27)
+    results = [Derainer(narrow_net, mode, window=48)(image) for mode in ("window", "tile", "whole")]
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_large_pictures_are_tiled_by_default(narrow_net, monkeypatch):
+    monkeypatch.setattr("utils.inference.LARGE", 50 * 70)
+    small, large = random_picture(50, 70), random_picture(50, 71)
+    default, window, tile = (Derainer(narrow_net, mode, window=32) for mode in (None, "window", "tile"))
+    assert np.array_equal(default(small), window(small)) and not np.array_equal(default(small), tile(small))
+    assert np.array_equal(default(large), tile(large)) and not np.array_equal(default(large), window(large))
+
+
+def test_tiles_leave_no_seam_where_windows_do(narrow_net):
+    """Steps between neighbouring columns, at the borders of windows against elsewhere, for a network whose results
+    depend on all of a window, as channel attention's do."""
+    image = np.random.default_rng(0).random((64, 200, 3), dtype=np.float32) * 0.1 + np.linspace(0, 0.6, 200)[:, None]
+
+    def excess(mode, borders):
+        derain = Derainer(narrow_net, mode, window=64)
+        derain.forward = lambda x: x + 0.3 * x.mean(dim=(1, 2, 3), keepdim=True)
+        steps = np.abs(np.diff(derain(image.astype(np.float32)), axis=1)).mean(axis=(0, 2))
+        return steps[borders].mean() / np.delete(steps, borders).mean()
+
+    faded = [column for start, _ in tile_spans(200, 64, 8)[1:] for column in range(start, start + 8)]
+    assert excess("tile", faded) < 1.1
+    assert excess("window", [63, 127, 191]) > 1.5
+
+
+def test_windows_of_several_pictures_share_a_batch(narrow_net):
+    sizes = ((40, 40), (64, 33), (32, 32), (16, 90), (70, 32))
+    images = [random_picture(*size, seed) for seed, size in enumerate(sizes)]
+    for mode in ("window", "tile"):
+        derain = Derainer(narrow_net, mode, window=32)
+        expected = [derain(image) for image in images]
+        derain.batch, batches = 3, []
+        narrow_net.register_forward_pre_hook(lambda _, x, batches=batches: batches.append(len(x[0])))
+        results = list(derain.pictures(enumerate(images)))
+        assert [key for key, _ in results] == list(range(len(images))) and max(batches) == 3
+        for (_, result), other in zip(results, expected):
+            assert np.abs(result.astype(int) - other).max() <= 1
+
+
+def test_no_more_than_a_row_of_windows_is_held(narrow_net):
+    """The picture may be anything that can be sliced; it is asked for one band at a time and results come likewise."""
+
+    class Scan:
+        shape, dtype = (400, 48, 3), np.dtype(np.uint8)
+
+        def __getitem__(self, rows):
+            asked.append(rows)
+            return random_picture(rows.stop - rows.start, 48, seed=rows.start)
+
+    asked = []
+    bands = [rows for _, rows in Derainer(narrow_net, "tile", window=32).stream([("scan", Scan())])]
+    assert sum(map(len, bands)) == 400 and max(map(len, bands)) <= 32
+    assert len(asked) == len(bands) and max(rows.stop - rows.start for rows in asked) == 32
+
+
+def test_sixteen_bits_and_floats_keep_their_precision(narrow_net):
+    image = random_picture(32, 48, dtype=np.uint16)
+    derain = Derainer(narrow_net)
+    sixteen, exact = derain(image), derain((image / np.float32(65535)).astype(np.float32))
+    assert sixteen.dtype == np.uint16 and exact.dtype == np.float32 and exact.min() >= 0 and exact.max() <= 1
+    assert np.abs(sixteen / 65535 - exact).max() < 1e-5
+    assert len(np.unique(sixteen)) > 256
+
+
+def test_the_ensemble_turns_with_the_picture(narrow_net):
+    image = random_picture(32, 48).astype(np.float32) / 255
+    plain, ensemble = Derainer(narrow_net), Derainer(narrow_net, ensemble=True)
+    turned = np.ascontiguousarray(np.rot90(image)[:, ::-1])
+    back = np.rot90(ensemble(turned)[:, ::-1], -1)
+    assert np.abs(back - ensemble(image)).max() < 1e-5
+    assert np.abs(np.rot90(plain(turned)[:, ::-1], -1) - plain(image)).max() > 1e-3
+
+
+def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, path in enumerate(paths):
+        write_png(path, random_picture(20, 30, i))
+    paths[2].write_bytes(b"broken")
+
+    def finish(path, rainy, derained):
+        assert np.array_equal(rainy, read_image(path))
+        if path == paths[4]:
+            raise UserError("full")
+        return derained
+
+    derain = Derainer(narrow_net)
+    for derain.threads in (1, 3):
+        results = dict(derain.files(paths, finish))
+        assert set(results) == set(paths)
+        assert "2.png cannot be read" in str(results[paths[2]]) and str(results[paths[4]]) == "full"
+        assert all(np.array_equal(results[paths[i]], derain(read_image(paths[i]))) for i in (0, 1, 3, 5, 6))
+    assert list(derain.files([], finish)) == []
+
+
+def test_an_unexpected_failure_is_not_swallowed(narrow_net, tmp_path):
+    write_png(tmp_path / "a.png", random_picture(20, 30))
+    with pytest.raises(ZeroDivisionError):
+        list(Derainer(narrow_net).files([tmp_path / "a.png"], lambda *_: 1 / 0))
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"window": -16}, {"window": 100}, {"mode": "tiles"}])
+def test_windows_must_fit_the_network_and_modes_exist(narrow_net, options):
+    with pytest.raises(ValueError, match="must be"):
+        Derainer(narrow_net, **options)
+
+
+def test_fused_kernels_ask_for_a_gpu(narrow_net):
+    with pytest.raises(UserError, match="leave --fused away"):
+        Derainer(narrow_net, fused=True)
 
 
 def test_bfloat16_gives_nearly_the_same_picture():
-    net = golden_network("nerd_rain_s")
-    image = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
-    exact, fast = (derain(net, image, window=48, bf16=bf16).astype(int) for bf16 in (False, True))
+    net, image = golden_network("nerd_rain_s"), random_picture(40, 48)
+    exact, fast = (Derainer(net, window=48, bf16=bf16)(image).astype(int) for bf16 in (False, True))
     assert 0 < np.abs(exact - fast).mean() < 2

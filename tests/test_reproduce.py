@@ -17,7 +17,7 @@ from tests.conftest import make_pairs
 from utils import checkpoint
 from utils.checkpoint import load_network
 from utils.images import read_image, write_png
-from utils.inference import derain, derain_file
+from utils.inference import Derainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def test_the_table_is_made_from_weights(toy, narrow_weights):
         scores = []
         for path in sorted((test / "input").iterdir()):
             result = read_image(toy / "results" / "NeRD-Rain-S" / name / path.name)
-            difference = np.abs(result.astype(int) - derain(net, read_image(path)))
+            difference = np.abs(result.astype(int) - Derainer(net)(read_image(path)))
             assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
             scores.append(psnr_ssim(result, read_image(test / "target" / path.name), protocol))
         assert (float(row["psnr"]), float(row["ssim"])) == pytest.approx(tuple(np.mean(scores, axis=0)))
@@ -134,12 +134,12 @@ def test_a_set_without_its_test_pictures_is_listed(toy):
 
 @pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("too small")])
 def test_what_fails_in_one_set_does_not_lose_the_others(toy, monkeypatch, error):
-    def fail_on_one(net, path, output):
+    def fail_on_one(path, image):
         if "DID-Data" in str(path):
             raise error
-        return derain_file(net, path, output)
+        write_png(path, image)
 
-    monkeypatch.setattr(reproduce, "derain_file", fail_on_one)
+    monkeypatch.setattr(reproduce, "write_png", fail_on_one)
     rows, text, message = run(toy)
     assert message and "### Missing" in text and not rows["DID-Data", "NeRD-Rain-S"]["psnr"]
     assert all(rows[name, "NeRD-Rain-S"]["psnr"] for name in SETS if name != "DID-Data")

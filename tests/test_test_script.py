@@ -13,7 +13,7 @@ from evaluations.metrics import psnr_ssim
 from tests.conftest import make_pairs
 from utils.checkpoint import load_network
 from utils.images import read_image, write_png
-from utils.inference import derain
+from utils.inference import Derainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +51,7 @@ def failure(run, *args):
 def test_a_tree_is_derained_under_its_names(run, photos, narrow_weights, tmp_path, capsys):
     assert run(photos) == ["a.png", "b.png", "sub/c.png"]
     net = load_network(narrow_weights)
-    expected = derain(net, read_image(photos / "b.jpg"), window=32)
+    expected = Derainer(net, window=32)(read_image(photos / "b.jpg"))
     difference = np.abs(read_image(tmp_path / "out" / "b.png").astype(int) - expected)
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     assert "a network of width 8" in capsys.readouterr().out

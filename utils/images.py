@@ -90,14 +90,23 @@ def reflect_pad(image, height, width):
     return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="reflect")
 
 
+def peak_value(dtype):
+    """-> what stands for 1: 255 for uint8, 65535 for uint16, 1 for floating-point pictures."""
+    return np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+
+
 def to_tensor(image):
-    """H×W×3 uint8 -> 3×H×W float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+    """H×W×3 uint8, uint16 or float32 in [0, 1] -> 3×H×W float32 in [0, 1]."""
+    values = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(values) / peak_value(image.dtype)
 
 
-def to_image(tensor):
-    """3×H×W float in [0, 1] (clamped) -> H×W×3 uint8, rounded to nearest."""
-    return (tensor.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+def to_image(tensor, dtype=np.uint8):
+    """3×H×W float in [0, 1] (clamped) -> H×W×3 of that type; integers are rounded to nearest."""
+    values = tensor.clamp(0, 1).permute(1, 2, 0).float().cpu()
+    if np.issubdtype(dtype, np.integer):
+        values = (values * peak_value(dtype)).round()
+    return np.ascontiguousarray(values.numpy().astype(dtype))
 
 
 def contact_sheet(rows, border=8):
