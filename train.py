@@ -86,6 +86,7 @@ def parse_args(argv=None):
     add("num_workers", min(4, os.cpu_count()), "data-loading processes, each for training and for validation")
     add("bf16", False, "bfloat16 autocast", action="store_true")
     add("compile", False, "torch.compile", action="store_true")
+    add("save_memory", False, "compute activations again instead of keeping them: slower", action="store_true")
     add("accumulate", 1, "batches per optimizer step", metavar="N")
     add("clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
     add("ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
@@ -218,6 +219,8 @@ class Trainer:
         if checkpoint:
             self.restore(checkpoint)
 
+        if args.save_memory:
+            model.checkpoint_activations(self.net)
         parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
         self.without_sync = parallel.no_sync if self.world > 1 else contextlib.nullcontext
         self.forward = torch.compile(parallel) if args.compile else parallel

@@ -18,11 +18,13 @@ NETWORKS = ("nerd_rain_s", "nerd_rain")
 RESULTS = Path(__file__).parent / "results"
 
 
-def parse_args(description, networks, repeats=None):
+def parse_args(description, networks, repeats=None, compiles=False):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=networks, metavar="NETWORK")
     if repeats:
         parser.add_argument("--repeats", type=int, default=repeats)
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="also measure torch.compile: minutes more")
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
     args = parser.parse_args()
     args.device = choose_device(args.gpus)

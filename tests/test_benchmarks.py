@@ -1,10 +1,14 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, inference, sizes, training
+from benchmarks import common, inference, loader, pictures, pipeline, sizes, training
+from dataset_RGB import Photo
 from model import MultiscaleNet
+from utils.images import write_png
+from utils.inference import Derainer
 
 CPU = torch.device("cpu")
 
@@ -17,7 +21,7 @@ def narrow(monkeypatch, tmp_path):
         torch.manual_seed(0)
         return MultiscaleNet(8, (1, 1, 1))
 
-    for module in (inference, training):
+    for module in (inference, loader, pictures, pipeline, training):
         monkeypatch.setattr(module, "golden_network", narrow_network)
     monkeypatch.setattr(inference, "SIDE", 32)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
@@ -42,7 +46,29 @@ def test_inference_refuses_other_outputs(monkeypatch):
 def test_training_compares_losses_and_times():
     rows = training.compare("nerd_rain_s", 1, 32, CPU, repeats=1)
     losses = [row["loss in step 3"] for row in rows]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2:] == pytest.approx([losses[0]] * 2, rel=0.05)
+    memory = [row["MiB kept"] for row in rows]
+    assert memory[0] > memory[1] > memory[2] > 2 * memory[3] > 0
+
+
+def test_pictures_are_compared_and_timed():
+    rows = pictures.compare("nerd_rain_s", CPU, repeats=1, count=1)
+    assert [row["variant"] for row in rows] == ["published formulation, float32", "ours, float32", "ours, bfloat16"]
+    assert all(row["pictures per second"] > 0 for row in rows) and rows[1]["PSNR to the first"] > 80
+
+
+def test_the_pipeline_is_taken_apart(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path in paths:
+        write_png(path, np.zeros((20, 30, 3), np.uint8))
+    files, network = pipeline.shares(Derainer(pipeline.golden_network("nerd_rain_s")), paths, repeats=1)
+    assert files > 0 and network > 0 and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_the_loader_is_set_against_the_step(tmp_path):
+    write_png(tmp_path / "a.png", np.zeros((60, 60, 3), np.uint8))
+    assert loader.patches_per_second([Photo(tmp_path / "a.png")], 32, seconds=0.1) > 0
+    assert loader.step_seconds("nerd_rain_s", 1, 32, CPU, repeats=1) > 0
 
 
 def test_the_median_of_second_runs_counts(monkeypatch):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import model
+from benchmarks.training import kept_activations
 from losses import DerainLoss, EdgeDistance, Pyramid
 from model import INR, Attention, MultiscaleNet
 from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
@@ -136,3 +137,16 @@ def test_gpu_gives_the_cpu_outputs():
     finally:
         torch.backends.cudnn.allow_tf32 = previous
     np.testing.assert_allclose(output, ARRAYS["nerd_rain_s/1x64x64/output0"], rtol=0, atol=1e-4)
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else():
+    x, clean = golden_input("input", 1, 3, 32, 32), golden_input("target", 1, 3, 32, 32)
+    gradients, kept = [], []
+    for prepare in (lambda net: net, model.checkpoint_activations):
+        torch.manual_seed(0)
+        net = prepare(MultiscaleNet(dim=8, num_blocks=(1, 1, 1)))
+        kept.append(kept_activations(lambda net=net: DerainLoss()(net(x), clean)["total"]))
+        DerainLoss()(net(x), clean)["total"].backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert kept[1] < 0.5 * kept[0]

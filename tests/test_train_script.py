@@ -85,6 +85,12 @@ def test_training_lowers_the_loss(options, tmp_path):
     assert [line["epoch"] for line in lines if "val_psnr" in line] == [12]
 
 
+def test_saving_memory_changes_no_weight(options, tmp_path):
+    train.main([*options, "--ema", "0.9"])
+    train.main([*options, "--ema", "0.9", "--session", "b", "--save_memory"])
+    assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
+
+
 def test_interrupted_runs_end_with_the_weights_of_an_uninterrupted_one(options, tmp_path):
     options += ["--num_epochs", "10", "--val_epochs", "10"]
     train.main(options)
