@@ -3,6 +3,7 @@
 python dataset_RGB.py Datasets/Rain200L        says what a data set holds and what is wrong with it
 """
 
+import math
 import os
 import re
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+import torch
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.functional import adjust_saturation, center_crop
 
 from utils.errors import UserError, listed
@@ -253,14 +255,30 @@ class ValidationPatches(Dataset):
         return {"input": rainy, "target": clean, "name": str(pair.input)}
 
 
-class EpochSampler(DistributedSampler):
-    """Shuffles each epoch by (seed, epoch), shares it out to the processes, and can start `skip` samples into it."""
+class EpochSampler(Sampler):
+    """Shuffles `size` pictures anew for each `epoch` and deals out its batches, from batch `skip` on, to the processes:
+    yields lists of indices of TrainingPatches.
 
-    skip = 0
+    Together the processes see each picture once, in the batches that a single one would see. A process that a batch
+    has no picture left for takes the batch's first one, so that all take equally many steps: `share` does not count it.
+    """
+
+    def __init__(self, size, batch_size, seed, rank=0, world=1):
+        self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
+        self.epoch = self.skip = 0
+
+    def __len__(self):
+        return math.ceil(self.size / self.batch_size)
 
     def __iter__(self):
-        start = self.epoch * len(self.dataset)
-        return (start + index for index in list(super().__iter__())[self.skip :])
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for batch in (order + self.epoch * self.size).split(self.batch_size)[self.skip :]:
+            yield (batch[self.rank :: self.world] if self.rank < len(batch) else batch[:1]).tolist()
+
+    def share(self, number):
+        """-> pictures of batch `number` of an epoch that this process has, and that all have together."""
+        together = min(self.batch_size, self.size - number * self.batch_size)
+        return len(range(self.rank, together, self.world)), together
 
 
 def quiet_worker(_):

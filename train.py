@@ -189,9 +189,9 @@ class Trainer:
     def __init__(self, args):
         self.args = args
         self.device, self.rank, self.world = start_processes()
-        if args.batch_size % self.world:
+        if args.batch_size < self.world:
             raise UserError(
-                f"--batch_size {args.batch_size} cannot be shared by {self.world} processes: choose a multiple."
+                f"--batch_size {args.batch_size} is too small for {self.world} processes: choose a multiple."
             )
         self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
         self.latest, self.best = self.folder / "model_latest.pth", self.folder / "model_best.pth"
@@ -201,10 +201,9 @@ class Trainer:
         train_pairs, val_pairs = find_data(args)
         self.train_set = TrainingPatches(train_pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
-        self.sampler = EpochSampler(self.train_set, self.world, self.rank, seed=args.seed)
-        self.local_batch = args.batch_size // self.world
-        self.steps_per_epoch = math.ceil(len(self.sampler) / self.local_batch)
-        self.train_loader = self.make_loader(self.train_set, batch_size=self.local_batch, sampler=self.sampler)
+        self.sampler = EpochSampler(len(self.train_set), args.batch_size, args.seed, self.rank, self.world)
+        self.steps_per_epoch = len(self.sampler)
+        self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
 
         checkpoint = load_checkpoint(self.latest) if self.latest.exists() else {}
@@ -307,11 +306,10 @@ class Trainer:
 
     def train_epoch(self):
         """Trains to the end of the epoch -> its line for the log."""
-        args, start, total = self.args, time.time(), len(self.sampler) * self.world
+        args, start, total = self.args, time.time(), len(self.train_set)
         first, first_step = min(self.step * args.batch_size, total), self.step
         self.net.train()
-        self.sampler.set_epoch(self.epoch)
-        self.sampler.skip = self.step * self.local_batch
+        self.sampler.epoch, self.sampler.skip = self.epoch, self.step
         recent = torch.zeros_like(self.sums)
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{args.num_epochs}",
@@ -322,11 +320,12 @@ class Trainer:
         )
         with bar:
             for batch in self.train_loader:
+                own, together = self.sampler.share(self.step)
                 self.step += 1
-                values = self.train_step(batch)
-                self.sums += values * len(batch["name"])
+                values = self.train_step(batch, weight=own * self.world / together)
+                self.sums += values * own
                 recent += values
-                bar.update(len(batch["name"]) * self.world)
+                bar.update(together)
                 bar.set_postfix(loss=f"{values[-1]:.4f}", refresh=False)
                 if self.log and self.step % LOG_STEPS == 0:
                     means = recent / min(LOG_STEPS, self.step - first_step)
@@ -346,9 +345,12 @@ class Trainer:
             "seconds": round(seconds, 1),
         }
 
-    def train_step(self, batch):
+    def train_step(self, batch, weight):
         """Adds a batch's gradients and, where a group of --accumulate batches is full, takes an optimizer step
-        -> the loss terms, float64."""
+        -> the loss terms, float64.
+
+        The processes' gradients are averaged, so `weight` is 1 where all have equally many pictures.
+        """
         args = self.args
         done = (self.step - 1) // args.accumulate * args.accumulate  # batches before this group
         group = min(args.accumulate, self.steps_per_epoch - done)
@@ -361,7 +363,7 @@ class Trainer:
             losses = self.loss(outputs, clean)
             values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
             self.stop_if_not_finite(values, batch["name"])
-            (losses["total"] / group).backward()
+            (losses["total"] * weight / group).backward()
         if update:
             if args.clip_grad:
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), args.clip_grad)

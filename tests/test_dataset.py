@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from dataset_RGB import (
     MOVES,
@@ -217,28 +217,41 @@ def test_validation_shows_the_centre(grid_pairs):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_samples_do_not_depend_on_workers_or_on_an_interruption(grid_pairs, workers):
     patches = TrainingPatches(grid_pairs, 32, seed=3)
-    sampler = EpochSampler(patches, num_replicas=1, rank=0, seed=3)
+    sampler = EpochSampler(len(patches), 1, seed=3)
     expected = {}
     for epoch in range(2):
-        sampler.set_epoch(epoch)
-        expected[epoch] = [patches[index] for index in sampler]
+        sampler.epoch = epoch
+        expected[epoch] = [patches[index] for (index,) in sampler]
     assert [item["name"] for item in expected[0]] != [item["name"] for item in expected[1]]
-    loader = DataLoader(patches, 1, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(patches, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
     list(loader)
-    sampler.skip = 1  # as if one sample of the epoch had been used before the interruption
+    sampler.skip = 1  # as if one batch of the epoch had been used before the interruption
     items = list(loader)
     assert len(items) == 3
     for item, original in zip(items, expected[1][1:]):
         assert item["name"] == [original["name"]] and torch.equal(item["input"][0], original["input"])
 
 
-def test_processes_share_an_epoch():
-    dataset = range(10)
-    samplers = [EpochSampler(dataset, num_replicas=2, rank=rank, seed=0) for rank in range(2)]
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("size, batch_size", [(12, 4), (10, 4), (9, 4), (3, 4)])
+def test_processes_share_each_batch_of_a_single_process(size, batch_size, world):
+    order = DistributedSampler(range(size), num_replicas=1, rank=0, seed=5)  # the order that runs have always had
+    order.set_epoch(3)
+    batches = torch.tensor(list(order)).add(3 * size).split(batch_size)
+    samplers = [EpochSampler(size, batch_size, 5, rank, world) for rank in range(world)]
     for sampler in samplers:
-        sampler.set_epoch(3)
+        sampler.epoch = 3
     shares = [list(sampler) for sampler in samplers]
-    assert sorted(shares[0] + shares[1]) == list(range(30, 40))
+    assert {len(share) for share in shares} == {len(sampler) for sampler in samplers} == {len(batches)}
+    for number, batch in enumerate(batches):
+        counted = []
+        for sampler, share in zip(samplers, shares):
+            own, together = sampler.share(number)
+            assert together == len(batch) and len(share[number]) == max(own, 1)
+            counted += share[number][:own]
+        assert sorted(counted) == sorted(batch.tolist())
+    samplers[-1].skip = 1
+    assert list(samplers[-1]) == shares[-1][1:]
 
 
 def test_a_broken_picture_in_a_worker_is_named(pairs_folder):

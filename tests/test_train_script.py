@@ -178,21 +178,6 @@ def test_a_published_checkpoint_continues(options, tmp_path):
     assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
 
 
-def test_two_processes_train_as_one(options, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
-    run = start([*options, "--session", "b"], launcher)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, output
-    assert "2 processes" in output
-    train.main(options)
-    first, second = weights_of(session(tmp_path)), weights_of(session(tmp_path, "b"))
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-5)
-    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b"))):
-        for key in ("total", "val_psnr"):
-            assert line[key] == pytest.approx(other[key], rel=1e-4)
-
-
 @pytest.mark.parametrize("extra", [["--bf16"], ["--clip_grad", "0.01"], ["--hold_out", "0.3"]])
 def test_options_run(options, tmp_path, extra):
     train.main([*options, *extra, "--num_epochs", "2"])
