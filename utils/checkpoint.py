@@ -6,6 +6,7 @@ python -m utils.checkpoint model_best.pth weights.pth      keeps the weights alo
 
 import argparse
 import re
+import zipfile
 
 import torch
 
@@ -20,8 +21,9 @@ PUBLISHED = {
 }
 
 
-def save_checkpoint(path, **content):
-    with atomic_write(path) as file:
+def save_checkpoint(path, previous=None, **content):
+    """Writes a checkpoint dict to `path`; the file that it replaces is kept as `previous`, if that is given."""
+    with atomic_write(path, previous) as file:
         torch.save(content, file)
 
 
@@ -32,6 +34,10 @@ def load_checkpoint(path):
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # not what PyTorch wrote before 1.6
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch does not look at the check sums
+                    raise ValueError(f"{damaged} in it is damaged")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
@@ -47,6 +53,22 @@ def load_checkpoint(path):
         )
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return {**(content if "state_dict" in content else {}), "state_dict": weights}
+
+
+def load_newest(*paths):
+    """Reads the first of these checkpoints that is there and whole -> its path, its content, and the errors of those
+    before it. None, {} and [] if there are none; raises UserError if none of those that there are is whole."""
+    errors = []
+    for path in paths:
+        if path.exists():
+            try:
+                return path, load_checkpoint(path), errors
+            except UserError as error:
+                errors.append(error)
+    if errors:
+        best = "--pretrain_weights model_best.pth starts from the best weights so far"
+        raise UserError(f"{' '.join(map(str, errors))} To begin again, move what is broken away; {best}.")
+    return None, {}, []
 
 
 def is_weight(item):

@@ -60,6 +60,20 @@ def end_processes():
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def reports_lost_processes():
+    """Turns what the backends raise where another of the processes has vanished into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "another process of this run has ended; its message, or what torchrun prints below, says why. The last "
+            "checkpoint is whole, and the same command goes on from there."
+        ) from error
+
+
 def sum_over_processes(tensor):
     """-> the sum of a tensor over all processes, on each of them."""
     if not dist.is_initialized():
@@ -76,3 +90,8 @@ def largest_over_processes(number, device):
     tensor = torch.tensor(float(number), device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def equal_over_processes(number, device):
+    """-> whether all processes have the same number."""
+    return largest_over_processes(number, device) == -largest_over_processes(-number, device)

@@ -10,14 +10,20 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, previous=None):
     """Yields a binary file that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    Folders are made as needed. A full disk, a read-only folder and the like raise UserError.
+    What it replaces is kept as `previous`, if that is given: one of the two is there at any time. Folders are made as
+    needed. A full disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name can be as long as names may be
@@ -27,6 +33,8 @@ def atomic_write(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the disk says
@@ -37,6 +45,22 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def lock(path):
+    """Locks a file, which is made if need be, until this process ends in whatever way -> False if another one has.
+
+    Where the system or its file system has no locks, none is set.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl:  # not flock: data-loading processes would inherit its lock, and they outlive a killed run by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def disk_failed(error):
