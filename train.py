@@ -9,6 +9,7 @@ model_latest.pth, model_best.pth, log.jsonl (a line per epoch), runs.jsonl (what
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -39,9 +40,17 @@ from dataset_RGB import (
 )
 from evaluations.metrics import psnr
 from losses import DerainLoss
-from utils.checkpoint import build_network, load_checkpoint, load_network, network_name, save_checkpoint
-from utils.devices import end_processes, largest_over_processes, start_processes, sum_over_processes
+from utils.checkpoint import build_network, load_network, load_newest, network_name, save_checkpoint
+from utils.devices import (
+    end_processes,
+    equal_over_processes,
+    largest_over_processes,
+    reports_lost_processes,
+    start_processes,
+    sum_over_processes,
+)
 from utils.errors import UserError, reports_errors
+from utils.files import lock
 from utils.images import find_pictures
 from utils.run_log import RunLog, describe
 
@@ -132,9 +141,22 @@ def find_data(args):
     return pairs + args.clean_repeats * photos, validation
 
 
-def make_network(args, latest, checkpoint):
+def changed_arguments(arguments, record):
+    """-> what differs from the arguments of the last start in runs.jsonl, such as "--lr 0.001 (was 0.0001)"."""
+    for line in reversed(record.read_text().splitlines() if record.exists() else []):
+        with contextlib.suppress(ValueError):  # a power cut may have left a part of a line
+            last = json.loads(line)["arguments"]
+            return [
+                f"--{name} {value} (was {last[name]})"
+                for name, value in arguments.items()
+                if name in last and last[name] != value
+            ]
+    return []
+
+
+def make_network(args, path, checkpoint):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
-    source = latest if checkpoint else args.pretrain_weights
+    source = path if checkpoint else args.pretrain_weights
     if not source:
         preset = DATASETS[args.dataset].model if args.dataset else "nerd_rain"
         return getattr(model, args.model or preset)()
@@ -194,7 +216,9 @@ class Trainer:
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose a multiple."
             )
         self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
-        self.latest, self.best = self.folder / "model_latest.pth", self.folder / "model_best.pth"
+        self.latest, self.previous, self.best = (
+            self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")
+        )
         self.interruption = Interruption()
         torch.manual_seed(args.seed)
 
@@ -206,8 +230,8 @@ class Trainer:
         self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
 
-        checkpoint = load_checkpoint(self.latest) if self.latest.exists() else {}
-        self.net = make_network(args, self.latest, checkpoint).to(self.device, memory_format=torch.channels_last)
+        source, checkpoint, problems = load_newest(self.latest, self.previous)
+        self.net = make_network(args, source, checkpoint).to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.loss = DerainLoss().to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
@@ -216,24 +240,16 @@ class Trainer:
         self.best_psnr, self.best_epoch = -math.inf, 0
         self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0))
         if checkpoint:
-            self.restore(checkpoint)
+            self.restore(checkpoint, source)
+        if not equal_over_processes(self.steps_done(), self.device):
+            raise UserError(f"the processes found different checkpoints: all machines must share {self.folder}.")
 
         if args.save_memory:
             model.checkpoint_activations(self.net)
         parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
         self.without_sync = parallel.no_sync if self.world > 1 else contextlib.nullcontext
         self.forward = torch.compile(parallel) if args.compile else parallel
-        self.log = None
-        if self.rank == 0:
-            description = describe(vars(args), self.device, self.world)
-            self.log = RunLog(self.folder, description, self.epoch, self.steps_done())
-            print(
-                f"{network_name(self.net)} on {description['device']}, "
-                f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
-                f"{len(self.val_set)} validation pairs, {args.num_epochs} epochs -> {self.folder}"
-            )
-            if checkpoint:
-                print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
+        self.log = self.take_folder(source, problems) if self.rank == 0 else None
 
     def make_loader(self, dataset, **options):
         workers = self.args.num_workers
@@ -246,13 +262,34 @@ class Trainer:
             **options,
         )
 
+    def take_folder(self, source, problems):
+        """Keeps other runs out of the folder, makes the checkpoint that could be read its latest, and says what begins
+        -> RunLog."""
+        if not lock(self.folder / "lock"):
+            raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
+        if source == self.previous:
+            reasons = problems or [f"{self.latest} is not there."]
+            print("warning:", *reasons, f"Going on from {self.previous}.")
+            os.replace(self.previous, self.latest)  # before a broken file takes its place
+        description = describe(vars(self.args), self.device, self.world)
+        print(
+            f"{network_name(self.net)} on {description['device']}, "
+            f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
+            f"{len(self.val_set)} validation pairs, {self.args.num_epochs} epochs -> {self.folder}"
+        )
+        if source:
+            print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
+            if changes := changed_arguments(vars(self.args), self.folder / "runs.jsonl"):
+                print(f"changed since the last start: {', '.join(changes)}")
+        return RunLog(self.folder, description, self.epoch, self.steps_done())
+
     def steps_done(self):
         return self.epoch * self.steps_per_epoch + self.step
 
-    def restore(self, checkpoint):
+    def restore(self, checkpoint, source):
         """Takes up everything that a checkpoint holds; a published one lacks what is read with a default."""
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            raise UserError(f"{self.latest} holds weights only: move it away and name it with --pretrain_weights.")
+            raise UserError(f"{source} holds weights only: move it away and name it with --pretrain_weights.")
         self.epoch, self.step = checkpoint["epoch"], checkpoint.get("pictures", 0) // self.args.batch_size
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
         if self.step:
@@ -261,9 +298,7 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.latest} holds no optimizer state of this network ({error}): move it away."
-            ) from error
+            raise UserError(f"{source} holds no optimizer state of this network ({error}): move it away.") from error
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate  # the schedule's, in case --num_epochs or --lr was changed
         if self.ema:
@@ -278,6 +313,7 @@ class Trainer:
         for path in paths if self.rank == 0 else ():
             save_checkpoint(
                 path,
+                previous=self.previous if path == self.latest else None,
                 epoch=self.epoch,
                 pictures=self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
                 state_dict=self.net.state_dict(),
@@ -437,7 +473,8 @@ class Trainer:
 
 @reports_errors
 def main(argv=None):
-    Trainer(parse_args(argv)).run()
+    with reports_lost_processes():
+        Trainer(parse_args(argv)).run()
     end_processes()
 
 

@@ -5,22 +5,33 @@ import torch
 
 import train
 from tests.conftest import make_pairs
-from tests.test_train_script import lines_of, session, start, weights_of
+from tests.test_train_script import ROOT, arguments, lines_of, session, start, weights_of
 from utils.checkpoint import load_checkpoint
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+LOSING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+
+train_step = train.Trainer.train_step
+
+def losing(trainer, *args, **options):
+    if (trainer.rank, trainer.epoch, trainer.step) == (1, {epoch}, 2):
+        {action}
+    return train_step(trainer, *args, **options)
+
+train.Trainer.train_step = losing
+train.main()
+"""
 
 
 @pytest.fixture
 def options(narrow_weights, tmp_path):
-    """Arguments of a run on seven small pairs: an epoch has two steps of three pictures, which two processes cannot
-    share equally, and one of a single picture."""
-    pairs = str(make_pairs(tmp_path / "pairs", count=7))
-    return [
-        *("--train_dir", pairs, "--val_dir", pairs, "--model_save_dir", str(tmp_path / "runs"), "--session", "a"),
-        *("--pretrain_weights", str(narrow_weights), "--patch_size", "32", "--batch_size", "3"),
-        *("--num_epochs", "4", "--num_workers", "0"),
-    ]
+    """Arguments of a run on seven pairs: an epoch has two steps of three pictures, which two processes cannot share
+    equally, and one of a single picture."""
+    pairs = make_pairs(tmp_path / "pairs", count=7)
+    return [*arguments(pairs, narrow_weights, tmp_path), "--batch_size", "3", "--num_epochs", "3"]
 
 
 def assert_close_weights(folder, other):
@@ -36,7 +47,7 @@ def momenta_of(folder):
 
 
 def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(options, tmp_path):
-    run = start([*options, "--session", "b"], TORCHRUN)
+    run = start([*options, "--session", "b"], (*TORCHRUN, "train.py"))
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert "2 processes" in output
@@ -47,3 +58,30 @@ def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(op
     for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b"))):
         for key in ("charbonnier", "fft", "edge", "l1", "total", "val_psnr"):
             assert line[key] == pytest.approx(other[key], rel=1e-5)
+
+
+def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
+    """SIGTERM to torchrun, then a killed process, then a single process instead of two."""
+    options += ["--num_epochs", "5"]
+    script = tmp_path / "losing.py"
+
+    def lose(epoch, action):
+        script.write_text(LOSING.format(root=str(ROOT), epoch=epoch, action=action))
+        run = start(options, (*TORCHRUN, str(script)))
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 1, output  # torchrun's own
+        return output
+
+    output = lose(1, "os.kill(os.getppid(), signal.SIGTERM)")
+    assert "The same command goes on from here" in output
+    stopped = load_checkpoint(session(tmp_path) / "model_latest.pth")
+    assert (stopped["epoch"], stopped["pictures"]) >= (1, 6)
+    output = lose(3, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert f"continues after epoch {stopped['epoch']} and {stopped['pictures'] // 3} of 3 steps" in output
+    assert "error: another process of this run has ended" in output
+    assert load_checkpoint(session(tmp_path) / "model_latest.pth")["epoch"] == 3
+    train.main(options)
+    train.main([*options, "--session", "b"])
+    assert_close_weights(session(tmp_path), session(tmp_path, "b"))
+    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b")), strict=True):
+        assert line["total"] == pytest.approx(other["total"], rel=1e-5)
