@@ -66,11 +66,11 @@ def reports_lost_processes():
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError(
-            "another process of this run has ended; its message, or what torchrun prints below, says why. The last "
-            "checkpoint is whole, and the same command goes on from there."
+            f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
+            "what torchrun prints below, says why. The last checkpoint is whole, and the same command goes on from it."
         ) from error
 
 
