@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node 4 train.py --dataset Rain200L --batch_size 4
 
 The same command continues an interrupted run. Everything of a run lies in <model_save_dir>/<mode>/models/<session>/:
-model_latest.pth, model_best.pth, log.jsonl (a line per epoch), runs.jsonl (what was started) and TensorBoard files.
+model_latest.pth and the one before it, model_previous.pth; model_best.pth; log.jsonl (a line per epoch); runs.jsonl
+(what was started); TensorBoard files.
 """
 
 import argparse

@@ -5,15 +5,16 @@ import torch
 
 import train
 from tests.conftest import make_pairs
-from tests.test_train_script import ROOT, arguments, lines_of, session, start, weights_of
+from tests.test_train_script import ROOT, arguments, fails, lines_of, session, start, weights_of
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-LOSING = """
+PREPARED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-
+"""
+LOSING = """
 train_step = train.Trainer.train_step
 
 def losing(trainer, *args, **options):
@@ -23,6 +24,9 @@ def losing(trainer, *args, **options):
 
 train.Trainer.train_step = losing
 train.main()
+"""
+APART = """
+train.main([*sys.argv[1:], "--model_save_dir", sys.argv[-1] + os.environ["RANK"]])
 """
 
 
@@ -66,7 +70,7 @@ def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
     script = tmp_path / "losing.py"
 
     def lose(epoch, action):
-        script.write_text(LOSING.format(root=str(ROOT), epoch=epoch, action=action))
+        script.write_text((PREPARED + LOSING).format(root=str(ROOT), epoch=epoch, action=action))
         run = start(options, (*TORCHRUN, str(script)))
         output, _ = run.communicate(timeout=300)
         assert run.returncode == 1, output  # torchrun's own
@@ -85,3 +89,18 @@ def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
     assert_close_weights(session(tmp_path), session(tmp_path, "b"))
     for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b")), strict=True):
         assert line["total"] == pytest.approx(other["total"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_machines_without_a_common_folder_are_stopped(options, tmp_path):
+    script = tmp_path / "apart.py"
+    script.write_text(PREPARED.format(root=str(ROOT)) + APART)
+    train.main([*options, "--num_epochs", "1", "--model_save_dir", f"{tmp_path}/runs0"])
+    run = start([*options, "--model_save_dir", f"{tmp_path}/runs"], (*TORCHRUN, str(script)))
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 1 and "found different checkpoints: all machines must share" in output
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(options, monkeypatch):
+    monkeypatch.setattr(train, "start_processes", lambda: (torch.device("cpu"), 0, 4))
+    assert "--batch_size 3 is too small for 4 processes" in fails(options)
