@@ -266,7 +266,8 @@ class Trainer:
     def take_folder(self, source, problems):
         """Keeps other runs out of the folder, makes the checkpoint that could be read its latest, and says what begins
         -> RunLog."""
-        if not lock(self.folder / "lock"):
+        self.lock = lock(self.folder / "lock")
+        if not self.lock:
             raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
         if source == self.previous:
             reasons = problems or [f"{self.latest} is not there."]

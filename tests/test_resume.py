@@ -156,7 +156,7 @@ def test_a_second_run_of_a_session_is_refused_until_the_first_is_gone(options, t
 import os, time
 from pathlib import Path
 from utils.files import lock
-assert lock(Path({str(session(tmp_path) / "lock")!r}))
+file = lock(Path({str(session(tmp_path) / "lock")!r}))
 if os.fork():  # as data-loading processes, which outlive a killed run, do
     print("locked", flush=True)
 time.sleep(600)

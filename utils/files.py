@@ -48,19 +48,21 @@ def atomic_write(path, previous=None):
 
 
 def lock(path):
-    """Locks a file, which is made if need be, until this process ends in whatever way -> False if another one has.
+    """Locks a file, which is made if need be -> the open file, or None if another process has locked it.
 
-    Where the system or its file system has no locks, none is set.
+    The lock ends when the file is closed or this process ends, in whatever way. Where the system or its file system
+    has no locks, none is set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    file = open(path, "w")  # noqa: SIM115
     try:
         if fcntl:  # not flock: data-loading processes would inherit its lock, and they outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(file)
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+    return file
 
 
 def disk_failed(error):
