@@ -19,7 +19,8 @@ from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
-from utils.images import contact_sheet, find_pictures, read_image, write_png
+from utils.formats import KEEPABLE, QUALITY, write_picture
+from utils.images import contact_sheet, eight_bits, find_pictures, read_image, write_png
 from utils.inference import MODES, WINDOW, Derainer
 
 PROTOCOL = "rain200"
@@ -30,9 +31,11 @@ COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_deraine
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", nargs="+", required=True, help="rainy pictures: files, folders or 'patterns'")
+    parser.add_argument("--output_dir", type=Path, help="where results go (default: results/<name of the input>)")
     parser.add_argument(
-        "--output_dir", type=Path, help="where results go as PNG (default: results/<name of the input>)"
+        "--keep_format", action="store_true", help="write JPEG, WebP, TIFF, … where the input is such, instead of PNG"
     )
+    parser.add_argument("--quality", type=int, default=QUALITY, help="of JPEG, WebP and AVIF (default: %(default)s)")
     parser.add_argument("--weights", required=True, help="a checkpoint; which network it holds is read from it")
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
     parser.add_argument(
@@ -54,6 +57,8 @@ def parse_args(argv=None):
         parser.error("--panel shows clean pictures: give their folder with --target_dir")
     if args.win_size < MULTIPLE or args.win_size % MULTIPLE:
         parser.error(f"--win_size must be a multiple of {MULTIPLE}")
+    if not 1 <= args.quality <= 100:
+        parser.error("--quality must lie between 1 and 100")
     return args
 
 
@@ -66,14 +71,15 @@ def default_output_dir(source):
     return Path("results", *[part for part in parts if part not in ("test", "train", "input")][-1:])
 
 
-def plan(found, output_dir, kept):
-    """What to derain: `found` lists (paths, root), `kept` the pictures that no result may overwrite
-    -> dicts of input path -> result path, and of input path -> why it cannot be done."""
+def plan(found, output_dir, kept, keep_format=False):
+    """What to derain: `found` lists (paths, root), `kept` the pictures that no result may overwrite; results are PNG or
+    what their inputs are -> dicts of input path -> result path, and of input path -> why it cannot be done."""
     inputs, problems = {}, {}  # inputs: result path -> input path
     kept = {path.resolve() for path in kept}
     for paths, root in found:
         for path in paths:
-            output = (output_dir / path.relative_to(root)).with_suffix(".png")
+            keeps = keep_format and path.suffix.lower() in KEEPABLE
+            output = (output_dir / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
             if output.resolve() in kept:
                 problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
             elif inputs.setdefault(output, path) != path:
@@ -109,18 +115,18 @@ def main(argv=None):
     found = [find_pictures(source) for source in args.input_dir]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
     inputs = [path for paths, _ in found for path in paths]
-    outputs, problems = plan(found, output_dir, kept=[*inputs, *clean_paths])
+    outputs, problems = plan(found, output_dir, [*inputs, *clean_paths], args.keep_format)
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
     print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
 
     derainer = Derainer(net, args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
 
-    def finish(path, rainy, derained):
+    def finish(path, picture, result):
         """Writes a result -> its scores and the three pictures, if there is a clean one."""
-        write_png(outputs[path], derained)
+        write_picture(outputs[path], result, args.quality)
         if path not in targets:
             return None
-        clean = read_image(targets[path])
+        rainy, derained, clean = eight_bits(picture.pixels), eight_bits(result.pixels), read_image(targets[path])
         if clean.shape != rainy.shape:
             raise UserError(f"{path} and {targets[path]} are not of one size: it was not measured.")
         scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)

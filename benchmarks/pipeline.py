@@ -18,6 +18,7 @@ from skimage import data
 from benchmarks.common import parse_args, report
 from tests.golden import golden_network
 from utils.checkpoint import save_checkpoint
+from utils.formats import write_picture
 from utils.images import read_image, write_png
 from utils.inference import Derainer
 
@@ -42,8 +43,8 @@ def shares(derainer, paths, repeats):
     """-> median seconds of deraining files, and of the network alone on the same pictures in memory."""
     pictures = [(path, read_image(path)) for path in paths]
 
-    def finish(path, _, derained):
-        write_png(path.with_name("out") / path.name, derained)
+    def finish(path, _, result):
+        write_picture(path.with_name("out") / path.name, result)
 
     seconds = {"files": [], "network": []}
     for _ in range(repeats + 1):

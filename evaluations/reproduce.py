@@ -27,7 +27,8 @@ from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv, write_text
-from utils.images import find_pictures, holds_pictures, write_png
+from utils.formats import write_picture
+from utils.images import find_pictures, holds_pictures
 from utils.inference import Derainer
 
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
@@ -70,7 +71,7 @@ def derain_test_set(model, dataset, device, args):
     net = load_released(model, dataset, args).to(device, memory_format=torch.channels_last).eval()
     outputs = {path: (output_dir / path.relative_to(root)).with_suffix(".png") for path in paths}
     outputs = {path: output for path, output in outputs.items() if not output.exists()}
-    results = Derainer(net, mode="window").files(outputs, lambda path, _, derained: write_png(outputs[path], derained))
+    results = Derainer(net, mode="window").files(outputs, lambda path, _, result: write_picture(outputs[path], result))
     problems = []
     for _, error in tqdm(results, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
         if error:

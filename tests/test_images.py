@@ -20,13 +20,10 @@ def test_tensor_round_trip_is_exact():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_every_mode_becomes_rgb_and_is_mentioned(tmp_path, caplog, mode):
-    path = tmp_path / "a.tiff"
-    Image.fromarray(RAMP).convert(mode).save(path)
-    with caplog.at_level("INFO"):
-        image = read_image(path)
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    Image.fromarray(RAMP).convert(mode).save(tmp_path / "a.tiff")
+    image = read_image(tmp_path / "a.tiff")
     assert image.shape == RAMP.shape and image.dtype == np.uint8
-    assert f"mode {mode}" in caplog.text and str(path) in caplog.text
 
 
 def test_16_bits_are_scaled_not_clipped(tmp_path):

@@ -154,11 +154,11 @@ def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
         write_png(path, random_picture(20, 30, i))
     paths[2].write_bytes(b"broken")
 
-    def finish(path, rainy, derained):
-        assert np.array_equal(rainy, read_image(path))
+    def finish(path, picture, result):
+        assert np.array_equal(picture.pixels, read_image(path))
         if path == paths[4]:
             raise UserError("full")
-        return derained
+        return result.pixels
 
     derain = Derainer(narrow_net)
     for derain.threads in (1, 3):

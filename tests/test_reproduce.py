@@ -16,6 +16,7 @@ from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_ma
 from tests.conftest import make_pairs
 from utils import checkpoint
 from utils.checkpoint import load_network
+from utils.formats import write_picture
 from utils.images import read_image, write_png
 from utils.inference import Derainer
 
@@ -134,12 +135,12 @@ def test_a_set_without_its_test_pictures_is_listed(toy):
 
 @pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("too small")])
 def test_what_fails_in_one_set_does_not_lose_the_others(toy, monkeypatch, error):
-    def fail_on_one(path, image):
+    def fail_on_one(path, picture):
         if "DID-Data" in str(path):
             raise error
-        write_png(path, image)
+        write_picture(path, picture)
 
-    monkeypatch.setattr(reproduce, "write_png", fail_on_one)
+    monkeypatch.setattr(reproduce, "write_picture", fail_on_one)
     rows, text, message = run(toy)
     assert message and "### Missing" in text and not rows["DID-Data", "NeRD-Rain-S"]["psnr"]
     assert all(rows[name, "NeRD-Rain-S"]["psnr"] for name in SETS if name != "DID-Data")

@@ -148,15 +148,25 @@ def test_pictures_of_any_size(run, tmp_path, size):
     assert read_image(tmp_path / "out" / "tiny.png").shape == (*size, 3)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "I;16"])
-def test_other_kinds_of_pictures_are_derained_and_mentioned(run, tmp_path, mode, caplog):
+@pytest.mark.parametrize("mode, kept", [("L", "L"), ("LA", "LA"), ("RGBA", "RGBA"), ("P", "RGB"), ("CMYK", "RGB")])
+def test_grey_and_alpha_are_kept_and_conversions_are_mentioned(run, tmp_path, mode, kept, caplog):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24), dtype=np.uint8))
-    sixteen_bits = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    (sixteen_bits if mode == "I;16" else image.convert(mode)).save(tmp_path / "odd.png")
+    image.convert(mode).save(tmp_path / "odd.tif")
     with caplog.at_level("INFO"):
-        run(tmp_path / "odd.png")
-    assert "odd.png" in caplog.text and "converted to 8-bit RGB" in caplog.text
-    assert read_image(tmp_path / "out" / "odd.png").shape == (24, 24, 3)
+        run(tmp_path / "odd.tif")
+    assert ("odd.tif: its mode" in caplog.text) == (mode in ("P", "CMYK"))
+    with Image.open(tmp_path / "out" / "odd.png") as result:
+        assert result.mode == kept and result.size == (24, 24)
+
+
+def test_the_format_is_kept_on_request(run, photos, tmp_path):
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(photos / "d.gif")
+    names = run(photos, "--keep_format")
+    assert names == ["a.png", "b.jpg", "d.png", "sub/c.bmp"]
+    best = (tmp_path / "out" / "b.jpg").stat().st_size
+    run(photos, "--keep_format", "--quality", "20")
+    assert (tmp_path / "out" / "b.jpg").stat().st_size < 0.6 * best
+    assert failure(run, photos, "--quality", "0") == "2"
 
 
 def test_wrong_sources_and_weights_are_named(run, photos, tmp_path, capsys):

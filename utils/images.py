@@ -1,22 +1,20 @@
-"""Finding, reading, padding and writing pictures. A picture is an H×W×3 uint8 RGB array."""
+"""Finding pictures, and pictures as 8-bit RGB arrays H×W×3 and as tensors. Their files: utils/formats.py."""
 
 import glob
 import itertools
-import logging
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.formats import Picture, read_picture, write_picture
 
 EXTENSIONS = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif", ".gif"),
     *(".ppm", ".pgm", ".pnm", ".tga", ".jp2"),
 }
-logger = logging.getLogger(__name__)
 
 
 def is_picture(path):
@@ -51,37 +49,18 @@ def find_pictures(source):
 
 
 def read_image(path):
-    """Reads any picture as 8-bit RGB, turned upright as its EXIF data says.
+    """Reads any picture as 8-bit RGB; alpha is dropped, of 16 bits the upper 8 are kept. Errors as in read_picture."""
+    return eight_bits(read_picture(path).pixels)
 
-    Grey and palette pictures become RGB, alpha is dropped, of 16 bits the upper 8 are kept; what was converted is
-    logged. Raises UserError for a file that is missing, broken or not a picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            mode = picture.mode
-            if mode == "F":
-                raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
-            if mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling it
-                grey = np.asarray(picture)
-                if grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError("it has more than 16 bits; save it with 8 or 16 bits")
-                image = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
-            else:
-                image = np.array(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except Exception as error:  # decoders fail in many ways on hostile files
-        raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
-    if mode != "RGB":
-        logger.info("%s: its mode %s was converted to 8-bit RGB", path, mode)
-    return image
+
+def eight_bits(pixels):
+    """uint8 or uint16 -> uint8."""
+    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
 def write_png(path, image):
-    """Writes a picture; a file of that name is replaced only once the new one is complete."""
-    with atomic_write(path) as file:
-        Image.fromarray(image).save(file, format="PNG")
+    """Writes H×W×3 uint8; a file of that name is replaced only once the new one is complete."""
+    write_picture(path, Picture(image))
 
 
 def reflect_pad(image, height, width):

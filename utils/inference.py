@@ -11,7 +11,8 @@ import torch
 
 from model import MULTIPLE
 from utils.errors import UserError
-from utils.images import read_image, reflect_pad, to_image, to_tensor
+from utils.formats import read_picture
+from utils.images import reflect_pad, to_image, to_tensor
 
 MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
@@ -215,21 +216,22 @@ class Derainer:
             yield canvas.key, np.concatenate([rows for _, rows in bands])
 
     def files(self, paths, finish):
-        """Derains picture files -> (path, what finish(path, rainy, derained) returned), or the UserError that it or
-        reading raised; those that cannot be read last. Threads read ahead of the network and finish behind it."""
+        """Derains picture files -> (path, what finish(path, picture, result) returned, given two Pictures), or the
+        UserError that it or reading raised; those that cannot be read last. Threads read ahead of the network and
+        finish behind it."""
         broken = []  # files that could not be read, as (path, future)
         pool = ThreadPoolExecutor(self.threads)
 
         def readable():
-            for path, future in ahead(((path, pool.submit(read_image, path)) for path in paths), self.threads):
+            for path, future in ahead(((path, pool.submit(read_picture, path)) for path in paths), self.threads):
                 if future.exception():
                     broken.append((path, future))
                 else:
-                    yield (path, future.result()), future.result()
+                    yield (path, future.result()), future.result().pixels
 
         def finishing():
-            for (path, rainy), derained in self.pictures(readable()):
-                yield path, pool.submit(finish, path, rainy, derained)
+            for (path, picture), derained in self.pictures(readable()):
+                yield path, pool.submit(finish, path, picture, picture._replace(pixels=derained))
             yield from broken
 
         try:

@@ -1,0 +1,201 @@
+"""Picture files of all kinds, read and written so that a result has what its original had: bits, grey, transparency,
+colour profile and metadata."""
+
+import io
+import logging
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif"}  # endings we write
+QUALITY = 95  # of JPEG, WebP and AVIF
+METADATA = ("icc_profile", "exif", "xmp", "dpi")  # by Pillow's names
+TIFF_TAGS = (  # of those in the file's first directory
+    *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
+    *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
+)
+UPRIGHT = {  # EXIF orientation -> how to turn the pixels
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels, 1),
+}
+logger = logging.getLogger(__name__)
+
+
+class Picture(NamedTuple):
+    """A picture, upright."""
+
+    pixels: np.ndarray  # H×W×3 RGB, uint8 or uint16
+    grey: bool = False  # whether its file holds one channel; pixels has three equal ones
+    alpha: np.ndarray | None = None  # H×W of the same type
+    metadata: dict = {}  # noqa: RUF012 (never changed); of METADATA what there is
+
+
+def exif_of(file):
+    """-> EXIF data of an open picture, empty if they are damaged: no reason to refuse a picture."""
+    try:
+        return file.getexif()
+    except Exception:  # parsers fail in many ways
+        return Image.Exif()
+
+
+def tiff_exif(exif):
+    """What of a TIFF file's tags describes the picture and not the file -> bytes."""
+    kept = Image.Exif()
+    kept.update({tag: exif[tag] for tag in TIFF_TAGS if tag in exif})
+    for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if exif.get_ifd(part):
+            kept.get_ifd(part).update(exif.get_ifd(part))
+    return kept.tobytes() if len(kept) else None
+
+
+def read_deep(path, orientation):
+    """16-bit colour, which Pillow reduces to 8 bits -> H×W×channels uint16, or None if OpenCV cannot read it either."""
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
+        return None
+    order = cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
+    return UPRIGHT.get(orientation, UPRIGHT[1])(cv2.cvtColor(pixels, order))
+
+
+def deep_grey(picture):
+    """Grey of more than 8 bits -> H×W uint16."""
+    grey = np.asarray(picture)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("it has more than 16 bits; save it with 8 or 16 bits")
+    return grey.astype(np.uint16)
+
+
+def to_srgb(picture):
+    """A CMYK picture -> RGB, by its colour profile if that works."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+        return ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (KeyError, OSError, ImageCms.PyCMSError):
+        return picture.convert("RGB")
+
+
+def read_picture(path):
+    """Reads any picture. Grey stays grey, 16 bits stay 16, alpha and metadata come along; palettes, CMYK and other
+    colours become RGB, of several frames the first is taken, and the log says so.
+
+    Raises UserError for a file that is missing, broken or not a picture.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode == "F":
+                raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
+            deep_colour = any(";16" in str(tile[3]) for tile in file.tile) and not file.mode.startswith("I")
+            frames = getattr(file, "n_frames", 1)
+            file.load()
+            exif = exif_of(file)
+            turned = exif.get(ExifTags.Base.Orientation, 1)
+            picture = ImageOps.exif_transpose(file) if turned in UPRIGHT and turned > 1 else file
+            info = {**picture.info, **({"exif": tiff_exif(exif)} if file.format == "TIFF" else {})}
+        mode, metadata = picture.mode, {name: info[name] for name in METADATA if info.get(name)}
+        deep = read_deep(path, turned) if deep_colour else None
+        if deep is not None:
+            pixels, alpha = deep[..., :3], deep[..., 3] if deep.shape[2] == 4 else None
+            return Picture(pixels, mode == "LA", alpha, metadata)
+        if mode.startswith("I"):
+            return Picture(deep_grey(picture)[..., None].repeat(3, axis=2), True, None, metadata)
+        if mode == "CMYK":
+            picture = to_srgb(picture)
+            metadata.pop("icc_profile", None)
+        grey = mode in ("1", "L", "LA", "La")
+        transparent = "A" in mode or "a" in mode or "transparency" in picture.info
+        pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # decoders fail in many ways on hostile files
+        raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
+    if deep_colour:
+        logger.info("%s: of its 16 bits the upper 8 were kept", path)
+    if mode not in ("1", "L", "LA", "RGB", "RGBA"):
+        logger.info("%s: its mode %s was converted to RGB", path, mode)
+    if frames > 1:
+        logger.info("%s: only the first of its %d frames was read", path, frames)
+    return Picture(
+        np.ascontiguousarray(pixels[..., :3]), grey, pixels[..., 3].copy() if transparent else None, metadata
+    )
+
+
+def png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def encode_deep(pixels, ending, metadata):
+    """16-bit PNG or TIFF, which Pillow does not write in colour. H×W(×3 or 4) uint16 -> bytes."""
+    profile = metadata.get("icc_profile")
+    if ending in (".tif", ".tiff"):
+        buffer = io.BytesIO()
+        options = {"photometric": "minisblack" if pixels.ndim == 2 else "rgb", "compression": "zlib", "predictor": True}
+        if pixels.shape[2:] == (4,):
+            options["extrasamples"] = ["unassalpha"]
+        tifffile.imwrite(buffer, pixels, iccprofile=profile, metadata=None, **options)
+        return buffer.getvalue()
+    if pixels.ndim == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if pixels.shape[2] == 4 else cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(".png", pixels)[1].tobytes()
+    chunks = png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) if profile else b""
+    if "exif" in metadata:
+        chunks += png_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
+    header = 8 + 25  # the signature and the first chunk, which has 13 bytes of content
+    return encoded[:header] + chunks + encoded[header:]
+
+
+def encode(pixels, ending, quality, metadata):
+    """H×W(×2, 3 or 4) uint8 or uint16 -> bytes of a picture file."""
+    if pixels.dtype == np.uint16:
+        return encode_deep(pixels, ending, metadata)
+    options, buffer = dict(metadata), io.BytesIO()
+    kind = Image.registered_extensions()[ending]
+    if kind == "PNG" and "xmp" in options:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode())
+    if kind in ("JPEG", "WEBP", "AVIF"):
+        options["quality"] = quality
+    if kind in ("JPEG", "AVIF"):
+        options["subsampling"] = "4:4:4"
+    if kind in ("BMP", "TIFF"):
+        options.pop("xmp", None)
+    if kind == "TIFF":
+        options["compression"] = "tiff_lzw"
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def write_picture(path, picture, quality=QUALITY):
+    """Writes a Picture in the format of the path's ending, one of KEEPABLE (with 16 bits PNG or TIFF). A file of that
+    name is replaced only once the new one is complete."""
+    ending, pixels = Path(path).suffix.lower(), picture.pixels
+    if pixels.dtype == np.uint16 and ending not in (".png", ".tif", ".tiff"):
+        raise ValueError(f"{ending} cannot hold 16 bits")
+    if picture.grey and not (picture.alpha is not None and pixels.dtype == np.uint16):  # no writer knows that kind
+        pixels = pixels.mean(axis=2).round().astype(pixels.dtype)
+    if picture.alpha is not None:
+        pixels = np.dstack([pixels, picture.alpha])
+    try:
+        content = encode(pixels, ending, quality, picture.metadata)
+    except Exception as error:  # damaged metadata make writers fail in many ways
+        if not picture.metadata:
+            raise
+        logger.warning("%s: the original's metadata were left away (%s)", path, error)
+        content = encode(pixels, ending, quality, {})
+    with atomic_write(path) as file:
+        file.write(content)
