@@ -5,6 +5,7 @@ python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
 from utils.formats import KEEPABLE, QUALITY, write_picture
+from utils.huge import derain_huge, is_huge
 from utils.images import contact_sheet, eight_bits, find_pictures, read_image, write_png
 from utils.inference import MODES, WINDOW, Derainer
 
@@ -132,9 +134,20 @@ def main(argv=None):
         scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
         return scores, (rainy, derained, clean)
 
+    def derain_bands(paths):
+        for path in paths:
+            try:
+                derain_huge(derainer, path, outputs[path], args.quality)
+                if path in targets:
+                    raise UserError(f"{path} was derained, but is too large to be measured.")
+                yield path, None
+            except UserError as error:
+                yield path, error
+
     rows, panel = [], []
     with logging_redirect_tqdm():
-        results = derainer.files(outputs, finish)
+        huge = list(filter(is_huge, outputs))
+        results = chain(derainer.files([path for path in outputs if path not in huge], finish), derain_bands(huge))
         for path, result in tqdm(results, total=len(outputs), unit="picture", disable=None):
             if isinstance(result, UserError):
                 if disk_failed(result):

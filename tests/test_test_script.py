@@ -169,6 +169,17 @@ def test_the_format_is_kept_on_request(run, photos, tmp_path):
     assert failure(run, photos, "--quality", "0") == "2"
 
 
+def test_huge_pictures_go_band_by_band_beside_the_others(run, photos, tmp_path, monkeypatch):
+    pytest.importorskip("pyvips", reason="pyvips is not installed: pip install -r requirements-extras.txt")
+    write_png(photos / "huge.png", np.full((50, 60, 3), 99, np.uint8))
+    monkeypatch.setattr("utils.huge.HUGE", 50 * 60 - 1)
+    assert run(photos) == ["a.png", "b.png", "huge.png", "sub/c.png"]
+    banded = read_image(tmp_path / "out" / "huge.png")
+    monkeypatch.undo()
+    run(photos)
+    assert np.array_equal(banded, read_image(tmp_path / "out" / "huge.png"))
+
+
 def test_wrong_sources_and_weights_are_named(run, photos, tmp_path, capsys):
     assert "nowhere does not exist" in failure(run, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

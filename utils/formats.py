@@ -135,6 +135,11 @@ def read_picture(path):
     )
 
 
+def to_grey(pixels):
+    """H×W×3 -> H×W, the mean of what the network made of three equal channels."""
+    return pixels.mean(axis=2).round().astype(pixels.dtype)
+
+
 def png_chunk(name, content):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -187,7 +192,7 @@ def write_picture(path, picture, quality=QUALITY):
     if pixels.dtype == np.uint16 and ending not in (".png", ".tif", ".tiff"):
         raise ValueError(f"{ending} cannot hold 16 bits")
     if picture.grey and not (picture.alpha is not None and pixels.dtype == np.uint16):  # no writer knows that kind
-        pixels = pixels.mean(axis=2).round().astype(pixels.dtype)
+        pixels = to_grey(pixels)
     if picture.alpha is not None:
         pixels = np.dstack([pixels, picture.alpha])
     try:

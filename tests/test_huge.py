@@ -1,0 +1,127 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import MultiscaleNet
+from tests.test_formats import PROFILE, exif
+from utils import huge
+from utils.errors import UserError
+from utils.formats import Picture, read_picture, to_grey, write_picture
+from utils.huge import derain_huge, is_huge
+from utils.inference import Derainer
+
+pytest.importorskip("pyvips", reason="pyvips is not installed: pip install -r requirements-extras.txt")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def derainer():
+    torch.manual_seed(0)
+    return Derainer(MultiscaleNet(dim=8, num_blocks=(1, 1, 1)), "tile", window=32)
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("kind", ["colour", "grey", "transparent"])
+def test_bands_give_the_same_files(derainer, tmp_path, ending, dtype, kind):
+    pixels = noise(75, 90, 1, dtype=dtype).repeat(3, axis=2) if kind == "grey" else noise(75, 90, 3, dtype=dtype)
+    alpha = noise(75, 90, dtype=dtype) if kind == "transparent" else None
+    source, result = tmp_path / f"a{ending}", tmp_path / "out" / f"a{ending}"
+    write_picture(source, Picture(pixels, kind == "grey", alpha, {} if kind == "grey" else {"icc_profile": PROFILE}))
+    derain_huge(derainer, source, result, 95)
+    picture, again = read_picture(source), read_picture(result)
+    expected = derainer(picture.pixels)
+    if picture.grey:
+        expected = to_grey(expected)[..., None].repeat(3, axis=2)
+    assert again.pixels.dtype == dtype and again.grey == picture.grey
+    assert again.metadata.get("icc_profile") == (None if kind == "grey" else PROFILE)
+    assert np.abs(again.pixels.astype(int) - expected).max() <= 1
+    if alpha is not None:
+        assert np.array_equal(again.alpha, alpha)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [result.name]
+
+
+def test_bands_are_upright_and_keep_metadata(derainer, tmp_path):
+    write_picture(tmp_path / "a.jpg", Picture(noise(60, 80, 3), metadata={"exif": exif(Orientation=6)}))
+    derain_huge(derainer, tmp_path / "a.jpg", tmp_path / "b.png", 95)
+    again = read_picture(tmp_path / "b.png")
+    assert again.pixels.shape == (80, 60, 3) and b"Camera" in again.metadata["exif"]
+    difference = again.pixels.astype(int) - derainer(read_picture(tmp_path / "a.jpg").pixels)
+    assert np.abs(difference).mean() < 2
+
+
+def test_huge_pictures_are_told_from_their_headers(tmp_path, monkeypatch):
+    write_picture(tmp_path / "a.png", Picture(noise(30, 40, 3)))
+    (tmp_path / "b.png").write_bytes(b"broken")
+    assert not is_huge(tmp_path / "a.png") and not is_huge(tmp_path / "b.png")
+    monkeypatch.setattr(huge, "HUGE", 30 * 40 - 1)
+    assert is_huge(tmp_path / "a.png")
+
+
+def test_what_fails_is_named_and_leaves_nothing(derainer, tmp_path):
+    write_picture(tmp_path / "a.png", Picture(noise(300, 200, 3)))
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"b.png cannot be derained a band at a time"):
+        derain_huge(derainer, tmp_path / "b.png", tmp_path / "out" / "b.png", 95)
+    with pytest.raises(UserError, match="too large for --mode whole"):
+        derain_huge(Derainer(derainer.net, "whole"), tmp_path / "a.png", tmp_path / "out" / "a.png", 95)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        derain_huge(derainer, tmp_path / "a.png", tmp_path / "file" / "a.png", 95)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_missing_libvips_is_named(derainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-extras.txt"):
+        derain_huge(derainer, tmp_path / "a.png", tmp_path / "b.png", 95)
+
+
+MEMORY = """
+import re, sys, threading, time
+from pathlib import Path
+import pyvips
+from model import MultiscaleNet
+from utils.huge import derain_huge
+from utils.inference import Derainer
+
+peak = 0
+
+def watch():  # what is not a mapped file, which the system takes back as it likes
+    global peak
+    while True:
+        peak = max(peak, int(re.search(r"RssAnon:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
+        time.sleep(0.02)
+
+folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+noise = pyvips.Image.black(8000, rows) + 77
+noise.cast("uchar").bandjoin([90, 30]).copy(interpretation="srgb").write_to_file(str(folder / "a.tif"))
+derainer = Derainer(MultiscaleNet(8, (1, 1, 1)))
+threading.Thread(target=watch, daemon=True).start()
+derainer.forward = lambda x: x  # memory is that of everything around the network
+derain_huge(derainer, folder / "a.tif", folder / "b.tif", 95)
+assert pyvips.Image.new_from_file(str(folder / "b.tif")).avg() > 0
+print(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    peaks = []
+    for rows in (4_000, 25_000):  # 32 and 200 megapixels
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(rows)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        peaks.append(float(re.search(r"[\d.]+$", run.stdout.strip())[0]))
+    assert peaks[1] < peaks[0] + 150, f"MiB: {peaks}"  # 200 megapixels alone take 572 MiB

@@ -1,0 +1,105 @@
+"""Pictures too large to be held in memory: read, derained and written a band of rows at a time, with libvips."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.formats import to_grey
+
+HUGE = 64 * 10**6  # pixels; smaller pictures take less than a gigabyte
+KINDS = {"uchar": np.uint8, "ushort": np.uint16}
+METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings of libvips' names
+
+
+def is_huge(path):
+    """Whether a file's header announces more than HUGE pixels."""
+    try:
+        with Image.open(path) as file:
+            return file.width * file.height > HUGE
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # what is wrong with the file is said when it is read
+        return False
+
+
+class Bands:
+    """The pixels of a libvips image as an array H×W×3 that can be sliced by rows, from top to bottom."""
+
+    def __init__(self, image):
+        self.region, self.shape = vips().Region.new(image), (image.height, image.width, 3)
+        self.dtype = np.dtype(KINDS[image.format])
+        self.start, self.rows = 0, np.empty((0, image.width, 3), self.dtype)  # those of the last band
+
+    def __getitem__(self, wanted):
+        end = self.start + len(self.rows)
+        fetched = self.region.fetch(0, end, self.shape[1], wanted.stop - end)
+        fetched = np.frombuffer(fetched, self.dtype).reshape(-1, *self.shape[1:])
+        self.start, self.rows = wanted.start, np.concatenate([self.rows[wanted.start - self.start :], fetched])
+        return self.rows
+
+
+def vips():
+    """The libvips binding, which is an extra. Raises UserError where it is missing."""
+    try:
+        import pyvips
+    except ImportError:
+        raise UserError(
+            f"pictures of more than {HUGE // 10**6} megapixels are derained a band at a time with libvips: "
+            "pip install -r requirements-extras.txt"
+        ) from None
+    return pyvips
+
+
+def open_huge(path):
+    """-> a libvips image, upright, of 1 to 4 channels of 8 or 16 bits."""
+    image = vips().Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+    if image.get_typeof("orientation") and image.get("orientation") > 1:
+        image = vips().Image.new_from_file(str(path), fail_on="truncated").autorot()  # by way of the disk
+    if image.interpretation == "cmyk":
+        image = image.icc_transform("srgb") if image.get_typeof("icc-profile-data") else image.colourspace("srgb")
+    if image.format not in KINDS or image.bands > 4:
+        raise UserError(f"{path} has {image.bands} channels of type {image.format}: save it as RGB with 8 or 16 bits.")
+    return image
+
+
+def colours(image):
+    """-> the same with three channels, alpha left away."""
+    if image.hasalpha():
+        image = image[: image.bands - 1]
+    return image if image.bands == 3 else image[0].bandjoin([image[0], image[0]])
+
+
+def derain_huge(derainer, path, output, quality):
+    """Derains a picture file into one of the output's ending; its colours, alpha and metadata are treated as in
+    utils/formats.py. The result lies beside the output, uncompressed, until it is whole. Raises UserError."""
+    if derainer.mode == "whole":
+        raise UserError(f"{path} is too large for --mode whole: leave that away.")
+    try:
+        original = open_huge(path)
+        bands = Bands(colours(original))
+        (height, width, _), dtype, kind, grey = bands.shape, bands.dtype, original.format, original.bands < 3
+        with atomic_path(output) as result, tempfile.NamedTemporaryFile(dir=Path(output).parent) as raw:
+            for _, rows in derainer.stream([(path, bands)]):
+                raw.write((to_grey(rows) if grey else rows).tobytes())
+            raw.flush()
+            del bands, original  # with what libvips holds of the file
+            channels, spaces = (1, ("b-w", "grey16")) if grey else (3, ("srgb", "rgb16"))
+            image = vips().Image.rawload(raw.name, width, height, channels * dtype.itemsize, access="sequential")
+            image = image.copy(bands=channels, format=kind, interpretation=spaces[dtype.itemsize - 1])
+            again = open_huge(path)
+            if again.hasalpha():
+                image = image.bandjoin(again[again.bands - 1])
+            for name in again.get_fields():
+                if name.startswith(METADATA):
+                    image.set_type(again.get_typeof(name), name, again.get(name))
+            image.set_type(vips().GValue.gint_type, "orientation", 1)  # the metadata hold the original's
+            options = {"Q": quality} if output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".avif") else {}
+            if output.suffix.lower() in (".tif", ".tiff"):
+                options = {"compression": "deflate", "predictor": "horizontal", "bigtiff": height * width * 8 > 2**32}
+            image.write_to_file(str(result), **options)
+    except vips().Error as error:
+        raise UserError(f"{path} cannot be derained a band at a time ({' '.join(str(error).split())}).") from error
