@@ -1,6 +1,7 @@
 """Derains pictures: a file, a folder, a folder tree or a pattern.
 
 python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
+torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --weights model_best.pth --skip_existing
 """
 
 import argparse
@@ -17,7 +18,7 @@ from dataset_RGB import match_by_name
 from evaluations.metrics import psnr_ssim
 from model import MULTIPLE
 from utils.checkpoint import load_network, network_name
-from utils.devices import choose_device
+from utils.devices import end_processes, from_all_processes, from_first_process, start_processes
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
 from utils.formats import KEEPABLE, QUALITY, write_picture
@@ -36,6 +37,9 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", type=Path, help="where results go (default: results/<name of the input>)")
     parser.add_argument(
         "--keep_format", action="store_true", help="write JPEG, WebP, TIFF, … where the input is such, instead of PNG"
+    )
+    parser.add_argument(
+        "--skip_existing", action="store_true", help="keep results that are there: finish an earlier run"
     )
     parser.add_argument("--quality", type=int, default=QUALITY, help="of JPEG, WebP and AVIF (default: %(default)s)")
     parser.add_argument("--weights", required=True, help="a checkpoint; which network it holds is read from it")
@@ -107,10 +111,61 @@ def write_table(rows, path):
     write_csv(path, COLUMNS, rows)
 
 
+def compare(path, rainy, derained, target):
+    """-> PSNR and SSIM before and after, and the three pictures."""
+    clean = read_image(target)
+    if not clean.shape == rainy.shape == derained.shape:
+        raise UserError(f"{path} and {target} are not of one size: it was not measured.")
+    return psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL), (rainy, derained, clean)
+
+
+def derain_all(derainer, outputs, targets, quality):
+    """Derains the files of a dict of input path -> result path -> (path, what `compare` returned if it has a target, or
+    the UserError that stopped it)."""
+
+    def finish(path, picture, result):
+        write_picture(outputs[path], result, quality)
+        if path in targets:
+            return compare(path, eight_bits(picture.pixels), eight_bits(result.pixels), targets[path])
+        return None
+
+    huge = list(filter(is_huge, outputs))
+    yield from derainer.files([path for path in outputs if path not in huge], finish)
+    for path in huge:
+        try:
+            derain_huge(derainer, path, outputs[path], quality)
+            if path in targets:
+                raise UserError(f"{path} was derained, but is too large to be measured.")
+            yield path, None
+        except UserError as error:
+            yield path, error
+
+
+def measure_done(outputs, targets):
+    """The same for results of an earlier run."""
+    for path, output in outputs.items():
+        try:
+            yield path, compare(path, read_image(path), read_image(output), targets[path]) if path in targets else None
+        except UserError as error:
+            yield path, error
+
+
+def share(outputs, rank, world):
+    """-> the part of a dict of input path -> result path that one of several processes does: the next largest file goes
+    to the one with the least to do."""
+    loads, mine = [0] * world, {}
+    for path in sorted(outputs, key=lambda path: (-path.stat().st_size if path.exists() else 0, path)):
+        least = loads.index(min(loads))
+        loads[least] += path.stat().st_size if path.exists() else 0
+        if least == rank:
+            mine[path] = outputs[path]
+    return {path: output for path, output in outputs.items() if path in mine}
+
+
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
-    device = choose_device(args.gpus)
+    device, rank, world = start_processes(args.gpus)
     net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
     output_dir = args.output_dir or default_output_dir(args.input_dir[0])
@@ -119,45 +174,36 @@ def main(argv=None):
     inputs = [path for paths, _ in found for path in paths]
     outputs, problems = plan(found, output_dir, [*inputs, *clean_paths], args.keep_format)
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
-    print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}")
+    done = {path: output for path, output in outputs.items() if args.skip_existing and output.exists()}
+    done = from_first_process(done)  # others may start later, when there are more
+    new = {path: output for path, output in outputs.items() if path not in done}
+    if rank == 0:
+        skipped = f", {len(done)} of them there already" if done else ""
+        print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}{skipped}")
 
     derainer = Derainer(net, args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
-
-    def finish(path, picture, result):
-        """Writes a result -> its scores and the three pictures, if there is a clean one."""
-        write_picture(outputs[path], result, args.quality)
-        if path not in targets:
-            return None
-        rainy, derained, clean = eight_bits(picture.pixels), eight_bits(result.pixels), read_image(targets[path])
-        if clean.shape != rainy.shape:
-            raise UserError(f"{path} and {targets[path]} are not of one size: it was not measured.")
-        scores = psnr_ssim(rainy, clean, PROTOCOL) + psnr_ssim(derained, clean, PROTOCOL)
-        return scores, (rainy, derained, clean)
-
-    def derain_bands(paths):
-        for path in paths:
-            try:
-                derain_huge(derainer, path, outputs[path], args.quality)
-                if path in targets:
-                    raise UserError(f"{path} was derained, but is too large to be measured.")
-                yield path, None
-            except UserError as error:
-                yield path, error
-
-    rows, panel = [], []
+    new, done = share(new, rank, world), share(done, rank, world)
+    results = chain(measure_done(done, targets), derain_all(derainer, new, targets, args.quality))
+    rows, panel, mine = [], [], {}  # mine: this process's problems
     with logging_redirect_tqdm():
-        huge = list(filter(is_huge, outputs))
-        results = chain(derainer.files([path for path in outputs if path not in huge], finish), derain_bands(huge))
-        for path, result in tqdm(results, total=len(outputs), unit="picture", disable=None):
+        bar = tqdm(results, total=len(new) + len(done), unit="picture", disable=None if rank == 0 else True)
+        for path, result in bar:
             if isinstance(result, UserError):
                 if disk_failed(result):
                     raise result
-                problems[path] = sentence(result)
+                mine[path] = sentence(result)
             elif result:
                 scores, pictures = result
                 rows.append((str(outputs[path].relative_to(output_dir)), *scores))
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
+    rows, mine = zip(*from_all_processes((rows, mine)))
+    end_processes()
+    if rank > 0:
+        return
+    rows = sorted(chain(*rows))
+    for others in mine:
+        problems |= others
     if rows:
         write_table(rows, output_dir / "psnr_ssim.csv")
     if panel:

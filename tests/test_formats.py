@@ -121,9 +121,11 @@ def test_cmyk_is_converted_by_its_profile_or_without(tmp_path):
         assert picture.pixels.shape == COLOUR.shape and "icc_profile" not in picture.metadata
 
 
-def test_endings_that_hold_no_16_bits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r".jpg cannot hold 16 bits"):
+def test_endings_that_cannot_hold_a_picture_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a.jpg cannot be written: .jpg has no 16 bits"):
         write_picture(tmp_path / "a.jpg", Picture(noise(4, 4, 3)))
+    with pytest.raises(UserError, match=r"a.jpg cannot be written as .jpg .*leave --keep_format away"):
+        write_picture(tmp_path / "a.jpg", Picture(COLOUR, alpha=COLOUR[..., 0]))
     assert not list(tmp_path.iterdir())
 
 

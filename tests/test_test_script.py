@@ -169,6 +169,46 @@ def test_the_format_is_kept_on_request(run, photos, tmp_path):
     assert failure(run, photos, "--quality", "0") == "2"
 
 
+def test_existing_results_are_kept_on_request_and_measured(run, tmp_path):
+    pairs = make_pairs(tmp_path / "pairs", count=3)
+    write_png(tmp_path / "out" / "1.png", read_image(pairs / "target" / "1.png"))
+    run(pairs / "input", "--skip_existing", "--target_dir", str(pairs / "target"))
+    with open(tmp_path / "out" / "psnr_ssim.csv", newline="") as file:
+        psnr = {row["picture"]: float(row["psnr_derained"]) for row in csv.DictReader(file)}
+    assert psnr["1.png"] == float("inf") and psnr["0.png"] < 60 and psnr["2.png"] < 60
+    run(pairs / "input")
+    assert not np.array_equal(read_image(tmp_path / "out" / "1.png"), read_image(pairs / "target" / "1.png"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_pictures_are_shared_out_by_size_and_each_once(tmp_path, world):
+    paths = [tmp_path / f"{i}" for i in range(40)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes((i * 37) % 500))
+    outputs = {path: path.with_suffix(".png") for path in [*paths, tmp_path / "missing"]}
+    shares = [script.share(outputs, rank, world) for rank in range(world)]
+    assert sorted(path for part in shares for path in part) == sorted(outputs)
+    loads = [sum(path.stat().st_size for path in part if path.exists()) for part in shares]
+    assert max(loads) - min(loads) <= 500
+
+
+def test_two_processes_do_what_one_does_and_a_rerun_finishes_the_rest(tmp_path, narrow_weights):
+    pairs = make_pairs(tmp_path / "pairs", count=5)
+    (pairs / "input" / "3.png").write_bytes(b"broken")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--input_dir", pairs / "input", "--weights", narrow_weights, "--target_dir", pairs / "target"]
+    options += ["--win_size", "32", "--gpus", "cpu", "--skip_existing", "--output_dir"]
+    for launcher, out in (([sys.executable], "one"), (torchrun, "two"), (torchrun, "two")):
+        run = subprocess.run([*launcher, "test.py", *options, tmp_path / out], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 1 and "all is done but for 1 pictures" in run.stderr
+        assert "3.png cannot be read" in run.stderr and "4 pictures; Y channel" in run.stdout
+        results = {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
+        if out == "one":
+            expected = results
+        assert results == expected
+        (tmp_path / out / "2.png").unlink()  # as if a process had died before
+
+
 def test_huge_pictures_go_band_by_band_beside_the_others(run, photos, tmp_path, monkeypatch):
     pytest.importorskip("pyvips", reason="pyvips is not installed: pip install -r requirements-extras.txt")
     write_png(photos / "huge.png", np.full((50, 60, 3), 99, np.uint8))

@@ -40,11 +40,12 @@ def choose_device(gpus=None):
     return torch.device("cuda", int(number))
 
 
-def start_processes():
-    """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes)."""
+def start_processes(gpus=None):
+    """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes).
+    `gpus` is as in choose_device; under torchrun each process takes a GPU of its own, or "cpu"."""
     if "LOCAL_RANK" not in os.environ:
-        return choose_device(), 0, 1
-    device = choose_device()
+        return choose_device(gpus), 0, 1
+    device = choose_device(gpus if gpus == "cpu" else None)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
@@ -95,3 +96,21 @@ def largest_over_processes(number, device):
 def equal_over_processes(number, device):
     """-> whether all processes have the same number."""
     return largest_over_processes(number, device) == -largest_over_processes(-number, device)
+
+
+def from_first_process(value):
+    """-> what the first process has, on each of them; anything that can be pickled."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all_processes(value):
+    """-> list of what each process has, on each of them; anything that can be pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -22,6 +22,11 @@ def listed(problems, most):
     return "".join(f"\n  {problem}" for problem in [*problems[:most], *more])
 
 
+def out_of_memory(error):
+    """Whether a RuntimeError says that a GPU's memory is used up, or the main memory, which has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def reports_errors(main):
     """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend, and shows
     what our modules log."""
@@ -38,8 +43,13 @@ def reports_errors(main):
             sys.exit(
                 f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check path and space."
             )
-        except torch.OutOfMemoryError:
-            sys.exit("error: the GPU's memory is too small for this: choose a smaller patch, batch or window.")
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
+            sys.exit(
+                "error: the memory is too small for this: choose a smaller patch, batch or window, or --mode tile "
+                "instead of whole."
+            )
         except KeyboardInterrupt:
             print("interrupted: what was finished is kept.", file=sys.stderr)
             sys.exit(130)

@@ -45,6 +45,15 @@ def atomic_path(path, previous=None):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_write(path, previous=None):
+    """Yields a binary file that takes the place of `path` as in atomic_path."""
+    with atomic_path(path, previous) as temporary, open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def lock(path):
     """Locks a file, which is made if need be -> the open file, or None if another process has locked it.
 
@@ -61,15 +70,6 @@ def lock(path):
             file.close()
             return None
     return file
-
-
-@contextlib.contextmanager
-def atomic_write(path, previous=None):
-    """Yields a binary file that takes the place of `path` as in atomic_path."""
-    with atomic_path(path, previous) as temporary, open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def disk_failed(error):

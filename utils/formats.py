@@ -190,17 +190,18 @@ def write_picture(path, picture, quality=QUALITY):
     name is replaced only once the new one is complete."""
     ending, pixels = Path(path).suffix.lower(), picture.pixels
     if pixels.dtype == np.uint16 and ending not in (".png", ".tif", ".tiff"):
-        raise ValueError(f"{ending} cannot hold 16 bits")
+        raise UserError(f"{path} cannot be written: {ending} has no 16 bits. Leave --keep_format away.")
     if picture.grey and not (picture.alpha is not None and pixels.dtype == np.uint16):  # no writer knows that kind
         pixels = to_grey(pixels)
     if picture.alpha is not None:
         pixels = np.dstack([pixels, picture.alpha])
-    try:
-        content = encode(pixels, ending, quality, picture.metadata)
-    except Exception as error:  # damaged metadata make writers fail in many ways
-        if not picture.metadata:
-            raise
-        logger.warning("%s: the original's metadata were left away (%s)", path, error)
-        content = encode(pixels, ending, quality, {})
+    for metadata in (picture.metadata, {}):
+        try:
+            content = encode(pixels, ending, quality, metadata)
+            break
+        except Exception as error:  # damaged metadata make writers fail in many ways
+            if not metadata:
+                raise UserError(f"{path} cannot be written as {ending} ({error}): leave --keep_format away.") from error
+            logger.warning("%s: the original's metadata were left away (%s)", path, error)
     with atomic_write(path) as file:
         file.write(content)

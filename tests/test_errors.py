@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from utils.errors import UserError, reports_errors
+
+
+def fail_with(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "fail, message",
+    [
+        (lambda: torch.empty(10**15), "memory is too small"),
+        (lambda: bytearray(10**15), "memory is too small"),
+        (lambda: fail_with(torch.OutOfMemoryError()), "memory is too small"),
+        (lambda: open("/nowhere/a.png"), "/nowhere/a.png cannot be used"),
+        (lambda: fail_with(UserError("a.png is broken.")), "a.png is broken."),
+    ],
+)
+def test_errors_that_a_user_can_mend_are_sentences(fail, message):
+    with pytest.raises(SystemExit, match=message):
+        reports_errors(fail)()
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        reports_errors(lambda: fail_with(RuntimeError("a bug")))()
