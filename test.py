@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --weights mo
 import argparse
 import sys
 from itertools import chain
+from os.path import realpath
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +82,12 @@ def plan(found, output_dir, kept, keep_format=False):
     """What to derain: `found` lists (paths, root), `kept` the pictures that no result may overwrite; results are PNG or
     what their inputs are -> dicts of input path -> result path, and of input path -> why it cannot be done."""
     inputs, problems = {}, {}  # inputs: result path -> input path
-    kept = {path.resolve() for path in kept}
+    kept = set(map(realpath, kept))
     for paths, root in found:
         for path in paths:
             keeps = keep_format and path.suffix.lower() in KEEPABLE
             output = (output_dir / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
-            if output.resolve() in kept:
+            if realpath(output) in kept:
                 problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
             elif inputs.setdefault(output, path) != path:
                 problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def fail_with(error):
         (lambda: torch.empty(10**15), "memory is too small"),
         (lambda: bytearray(10**15), "memory is too small"),
         (lambda: fail_with(torch.OutOfMemoryError()), "memory is too small"),
-        (lambda: open("/nowhere/a.png"), "/nowhere/a.png cannot be used"),
+        (lambda: Path("/nowhere/a.png").read_bytes(), "/nowhere/a.png cannot be used"),
         (lambda: fail_with(UserError("a.png is broken.")), "a.png is broken."),
     ],
 )

@@ -18,7 +18,9 @@ EXTENSIONS = {
 
 
 def is_picture(path):
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
+    """Whether a path is named like a picture and is a file, or a link that leads nowhere: reading it will say so."""
+    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def holds_pictures(folder):

@@ -1,0 +1,219 @@
+"""What people feed to test.py without meaning to, and what becomes of it."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import test as script
+from model import MultiscaleNet
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.formats import KEEPABLE, Picture, read_picture, write_picture
+from utils.inference import MODES, Derainer
+
+ROOT = Path(__file__).parent.parent
+PIXELS = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+
+
+def encoded(kind="PNG", mode="RGB"):
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG that claims 60,000×60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            *(
+                struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c))
+                for n, c in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+            ),
+        ]
+    )
+
+
+OUTCOMES = {  # what is there: (its name, how it is made, what becomes of it: a sentence, DERAINED or IGNORED)
+    "zero bytes": ("a.png", lambda path: path.touch(), "cannot be read as a picture"),
+    "text": ("a.jpg", lambda path: path.write_text("hello"), "cannot be read as a picture"),
+    "half a download": ("a.png", lambda path: path.write_bytes(encoded()[:600]), "cannot be read as a picture"),
+    "wrong ending": ("a.jpg", lambda path: path.write_bytes(encoded("PNG")), "DERAINED"),
+    "wrong ending, alpha in a JPEG": ("a.jpg", lambda path: path.write_bytes(encoded("PNG", "RGBA")), "DERAINED"),
+    "rubbish behind the picture": ("a.png", lambda path: path.write_bytes(encoded() + bytes(999)), "DERAINED"),
+    "upper-case ending": ("A.PNG", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "unknown ending": ("a.doc", lambda path: path.write_bytes(encoded()), "IGNORED"),
+    "hidden file": (".a.png", lambda path: path.write_bytes(encoded()), "IGNORED"),
+    "bomb": ("a.png", lambda path: path.write_bytes(bomb()), "a.png"),
+    "link to nowhere": ("a.png", lambda path: path.symlink_to("nowhere.png"), "does not exist"),
+    "link to itself": ("a.png", lambda path: path.symlink_to("a.png"), "cannot be read as a picture"),
+    "folder that links to itself": ("sub", lambda path: path.symlink_to("."), "IGNORED"),
+    "folder named like a picture": ("a.png", lambda path: path.mkdir(), "IGNORED"),
+    "pipe": ("a.png", os.mkfifo, "IGNORED"),
+    "newline in the name": ("a\nb.png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "leading dash": ("-rf.png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "other scripts": ("雨 ☔ é.png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "brackets and stars": ("a[1]*?.png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "longest name": ("x" * 251 + ".png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+    "dots": ("a.b.c..png", lambda path: path.write_bytes(encoded()), "DERAINED"),
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--keep_format",)], ids=["png", "keep_format"])
+@pytest.mark.parametrize("situation", OUTCOMES)
+def test_hostile_files_beside_a_good_one(tmp_path, narrow_weights, situation, options, capsys):
+    name, make, outcome = OUTCOMES[situation]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes(encoded())
+    make(tmp_path / "in" / name)
+    if situation == "wrong ending, alpha in a JPEG" and options:
+        outcome = "cannot be written as .jpg"
+    paths = ["--input_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+    try:
+        script.main([*paths, "--weights", str(narrow_weights), "--win_size", "32", *options])
+        said = ""
+    except SystemExit as error:
+        said = str(error.code)
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
+    expected = {"good.png"}
+    if outcome == "DERAINED":
+        expected.add(name if options else str(Path(name).with_suffix(".png")))
+    assert written == expected
+    assert said == "" if outcome in ("DERAINED", "IGNORED") else name in said and outcome in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_files_and_folders_are_named(tmp_path, narrow_weights):
+    for folder in ("in", "in/locked"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(encoded())
+    (tmp_path / "in" / "a.png").chmod(0)
+    (tmp_path / "in" / "locked").chmod(0)
+    with pytest.raises(SystemExit, match="cannot be"):
+        script.main(["--input_dir", str(tmp_path / "in"), "--weights", str(narrow_weights), "--output_dir", "out"])
+    (tmp_path / "in" / "locked").chmod(0o700)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 700),
+    width=st.integers(1, 700),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.float32]),
+    mode=st.sampled_from([None, *MODES]),
+    window=st.sampled_from([16, 48, 64, 256]),
+    batch=st.integers(1, 5),
+)
+def test_a_network_that_changes_nothing_gives_the_picture_back(height, width, dtype, mode, window, batch):
+    rng = np.random.default_rng(height * 1000 + width)
+    image = rng.random((height, width, 3), dtype=np.float32)
+    if dtype != np.float32:
+        image = (image * np.iinfo(dtype).max).astype(dtype)
+    derain = Derainer(MultiscaleNet(8, (1, 1, 1)), mode, window)
+    derain.forward, derain.batch = lambda x: x, batch
+    result = derain(image)
+    assert result.dtype == dtype and result.shape == image.shape
+    assert np.abs(result.astype(float) - image).max() <= (1e-6 if dtype == np.float32 else 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.float32]),
+    mode=st.sampled_from([None, *MODES]),
+    ensemble=st.booleans(),
+)
+def test_results_are_of_the_same_size_and_type_and_in_range(height, width, dtype, mode, ensemble):
+    torch.manual_seed(height)
+    image = (np.random.default_rng(width).random((height, width, 3)) * (255 if dtype == np.uint8 else 1)).astype(dtype)
+    result = Derainer(MultiscaleNet(8, (1, 1, 1)), mode, 32, ensemble=ensemble)(image)
+    assert result.dtype == dtype and result.shape == image.shape
+    assert np.isfinite(result).all() and result.min() >= 0
+    assert dtype != np.float32 or result.max() <= 1
+
+
+def mutations(content, count, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        broken = bytearray(content)
+        for _ in range(rng.integers(1, 8)):
+            broken[rng.integers(len(broken))] = rng.integers(256)
+        yield bytes(broken[: rng.integers(len(broken)) if rng.random() < 0.3 else None])
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF files
+@pytest.mark.parametrize("ending", sorted(KEEPABLE - {".jpe", ".jfif", ".jpeg", ".tiff"}))
+def test_damaged_pictures_are_read_or_refused_with_a_sentence(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    for dtype in (np.uint8, np.uint16) if ending in (".png", ".tif") else (np.uint8,):
+        write_picture(path, Picture(PIXELS.astype(dtype) * np.iinfo(dtype).max // 255))
+        outcomes = set()
+        for content in mutations(path.read_bytes(), 120, seed=len(ending)):
+            path.write_bytes(content)
+            try:
+                outcomes.add(read_picture(path).pixels.dtype.kind)
+            except UserError:
+                outcomes.add("refused")
+        assert outcomes <= {"u", "refused"} and "refused" in outcomes
+
+
+def test_damaged_checkpoints_are_read_or_refused_with_a_sentence(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"epoch": 1, "state_dict": {"a": torch.zeros(3), "b": torch.ones(2, 2)}}, path)
+    outcomes = set()
+    for content in mutations(path.read_bytes(), 300, seed=0):
+        path.write_bytes(content)
+        try:
+            outcomes.add(type(load_checkpoint(path)).__name__)
+        except UserError:
+            outcomes.add("refused")
+    assert "refused" in outcomes and outcomes <= {"dict", "refused"}
+
+
+SOAK = """
+import os, re, sys
+from pathlib import Path
+import test as script
+import utils.inference
+
+def state():
+    kib = int(re.search(r"VmRSS:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+    return kib / 1024, len(os.listdir("/proc/self/fd"))
+
+seen = []
+write = script.write_picture
+def watched(path, picture, quality):
+    write(path, picture, quality)
+    seen.append(state())
+script.write_picture = watched
+script.main(["--input_dir", sys.argv[1], "--weights", sys.argv[2], "--output_dir", sys.argv[3]])
+print(len(seen), *seen[200], *seen[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+def test_thousands_of_pictures_need_no_more_than_hundreds(tmp_path, narrow_weights):
+    (tmp_path / "in").mkdir()
+    for i in range(2000):
+        (tmp_path / "in" / f"{i}.png").write_bytes(encoded())
+    command = [sys.executable, "-c", SOAK, tmp_path / "in", narrow_weights, tmp_path / "out"]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    count, memory, files, memory_after, files_after = map(float, run.stdout.split()[-5:])
+    print(
+        f"after 200 and 2000 pictures: {memory:.0f} and {memory_after:.0f} MiB, {files:.0f} and {files_after:.0f} files"
+    )
+    assert count == 2000 and memory_after < memory + 20 and files_after <= files + 2
