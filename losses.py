@@ -78,13 +78,14 @@ class DerainLoss(nn.Module):
 
     def forward(self, outputs, target):
         with torch.autocast(target.device.type, enabled=False):
-            outputs = [output.float() for output in outputs]
             targets = self.pyramid(target.float())
-            scales = list(zip(outputs[:3], targets))
+            scales = [(output.float(), clean) for output, clean in zip(outputs, targets) if output is not None]
+            renderings = [output.float() for output in (outputs[3], outputs[5]) if output is not None]
+            clean_of = {clean.shape: clean for clean in targets}  # coordinate renderings have the next scale's size
             losses = {
                 "charbonnier": sum(charbonnier(x, y) for x, y in scales),
                 "fft": sum(fft_distance(x, y) for x, y in scales),
                 "edge": sum(self.edge_distance(x, y) for x, y in scales),
-                "l1": F.l1_loss(outputs[3], targets[1]) + F.l1_loss(outputs[5], targets[2]),
+                "l1": sum((F.l1_loss(x, clean_of[x.shape]) for x in renderings), torch.zeros_like(target[0, 0, 0, 0])),
             }
             return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}

@@ -19,8 +19,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PASSES = {"small": 1, "mid": 2, "max": 3}  # scale -> passes over its image; coarse to fine (Fig. 2)
+SCALES = ("small", "mid", "max")  # 1/4, 1/2 and full size (Fig. 2)
 MULTIPLE = 16  # the small scale works at 1/4 size and halves that twice
+HEADS = {"small": "INR", "mid": "INR2", "max": "INR3"}  # published names of the INR heads
+UPS = {"small": "upsmall2mid", "mid": "upmid2max"}  # and of what enlarges a latent for them
+INRS = {  # kind of implicit neural representation -> scales that have a head
+    "published": ("small", "mid"),
+    "coordinate": ("small", "mid"),  # renders at the next scale's size, by coordinates (CoordinateINR)
+    "none": (),
+    "first": ("small",),  # the full-size scale gets nothing from the mid scale
+    "no_encoding": ("small", "mid"),  # without periodic encoding
+    "no_ensemble": ("small", "mid"),  # without local ensemble: the same function, as all four answers are one
+    "own_encoder": ("small", "mid"),  # the heads read an encoder of their own, not the scale's
+    "own_embedding": ("small", "mid", "max"),  # each scale's head adds to its own image, from an embedding of its own
+}
+FEEDBACKS = ("bfpu", "sum", "none")
 
 
 def resize(x, factor):
@@ -158,24 +171,82 @@ class INR(nn.Module):
     where every relative coordinate is 0 and every cell 2. All four answers are therefore one and the same 3×3
     convolution, its bias shifted by the constant cell, followed by 1×1 convolutions. That is what is computed here,
     once; the weights keep their published shape.
+
+    Args:
+        dim: channels of the features
+        encoding: whether the coordinates come with their periodic encoding (octaves 0 to 3, sine and cosine)
+        ensemble: whether the four nearest cells answer; it makes a difference to CoordinateINR only
     """
 
-    coordinates, cells = 18, 2  # 2 coordinates with 16 periodic encodings; cell height and width
+    octaves, cells = 4, 2  # cells: their height and width
 
-    def __init__(self, dim, hidden=256):
+    def __init__(self, dim, encoding=True, ensemble=True, hidden=256):
         super().__init__()
-        widths = [9 * dim + self.coordinates + self.cells, hidden, hidden, hidden]
+        self.encoding, self.ensemble = encoding, ensemble
+        coordinates = 2 + (2 * 2 * self.octaves if encoding else 0)
+        widths = [9 * dim + coordinates + self.cells, hidden, hidden, hidden]
         layers = []
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.imnet = named(layers=nn.Sequential(*layers, nn.Linear(hidden, 3)))
 
+    def neighbourhoods(self, x, bias=None):
+        """What the MLP's first layer makes of the 3×3 features around each pixel: B×dim×h×w -> B×hidden×h×w."""
+        kernel = self.imnet.layers[0].weight[:, : 9 * x.shape[1]].unflatten(1, (-1, 3, 3))
+        return F.conv2d(x, kernel, bias, padding=1)
+
     def forward(self, x):
         first, rest = self.imnet.layers[0], self.imnet.layers[1:]
-        kernel = first.weight[:, : 9 * x.shape[1]].unflatten(1, (-1, 3, 3))
-        bias = first.bias + 2 * first.weight[:, -self.cells :].sum(dim=1)
-        hidden = F.conv2d(x, kernel, bias, padding=1)
+        hidden = self.neighbourhoods(x, first.bias + 2 * first.weight[:, -self.cells :].sum(dim=1))
         return rest(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class CoordinateINR(INR):
+    """The representation that the paper describes (Sec. 3.2, Fig. 2), as in LIIF (arXiv 2012.09161): features
+    B×dim×h×w -> image B×3×H×W of any size, or its colours at any points.
+
+    Positions run from -1 to 1 along each side, c_i = -1 + (2i + 1)/n being the centre of pixel i of n. A point p asks
+    the four feature cells t in whose midst it lies, by their centres v_t:
+
+        answer_t = MLP(3×3 features at v_t, (p - v_t)·(h, w), γ(p) - γ(v_t), (2/H, 2/W)·(h, w))
+        γ(p) = sin(2^l π p), cos(2^l π p) for l = 0 … 3 and both coordinates
+
+    and blends them with the areas of the rectangles between p and the opposite cell's centre. At the centres of the
+    features' own grid that is what INR computes; the coordinates matter between them.
+    """
+
+    def encoded(self, positions):
+        """γ: N×2 -> N×16."""
+        angles = positions[..., None] * (torch.pi * 2.0 ** torch.arange(self.octaves, device=positions.device))
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+    def query(self, x, positions, cell):
+        """B×dim×h×w, points N×2 as (row, column) in [-1, 1], size of the pixels asked for in the same units
+        -> B×3×N."""
+        first, rest = self.imnet.layers[0], self.imnet.layers[1:]
+        hidden = self.neighbourhoods(x).flatten(2)  # linear, so that it can be computed once for all points
+        by_coordinates = first.weight[:, 9 * x.shape[1] :]
+        size, cell = (torch.tensor(values, device=x.device) for values in (x.shape[2:], cell))
+        places = (positions + 1) / 2 * size - 0.5  # in cells: the centre of cell i lies at i
+        colours = 0
+        for corner in ((0, 0), (0, 1), (1, 0), (1, 1)) if self.ensemble else ((0.5, 0.5),):
+            there = (places + torch.tensor(corner, device=x.device)).floor()  # the cell below, above, or the nearest
+            area = (1 - (places - there).abs()).prod(dim=1) if self.ensemble else torch.ones_like(places[:, 0])
+            inside = there.clamp(torch.zeros_like(size), size - 1)
+            centre = -1 + (2 * inside + 1) / size
+            inputs = [(positions - centre) * size, (cell * size).expand_as(centre)]
+            if self.encoding:
+                inputs.insert(1, self.encoded(positions) - self.encoded(centre))
+            at_cell = hidden[:, :, (inside[:, 0] * size[1] + inside[:, 1]).long()].transpose(1, 2)  # B×N×hidden
+            answer = rest(at_cell + F.linear(torch.cat(inputs, dim=1), by_coordinates, first.bias))
+            colours = colours + answer * area[:, None]
+        return colours.transpose(1, 2)
+
+    def forward(self, x, size):
+        """Renders at `size` (H, W)."""
+        rows, columns = (-1 + (2 * torch.arange(n, device=x.device) + 1) / n for n in size)
+        positions = torch.cartesian_prod(rows, columns)
+        return self.query(x, positions, (2 / size[0], 2 / size[1])).unflatten(2, size)
 
 
 class Fusion(nn.Module):
@@ -199,35 +270,45 @@ class Fusion(nn.Module):
         return x * gates[:, :1] + attended * gates[:, 1:]
 
 
-def part_name(part, scale, k):
-    """Published name of a part of pass `k` (from 1) of a scale: resampling is numbered from the second pass on,
-    all other parts where the scale has several passes."""
-    numbered = k > 1 if part in ("down1_2", "down2_3", "up3_2", "up2_1") else PASSES[scale] > 1
-    return f"{part}_{scale}{k if numbered else ''}"
+class Sum(nn.Module):
+    """In place of Fusion, for an ablation."""
 
-
-def context_name(scale, k):
-    """Published name of the convolution between pass `k` and the next: numbered where a scale has several."""
-    return f"output_{scale}_context{k if PASSES[scale] > 2 else ''}"
+    def forward(self, x, y):
+        return x + y
 
 
 class MultiscaleNet(nn.Module):
     """The whole network (Fig. 2): RGB in [0, 1], B×3×H×W with H and W multiples of 16 -> a list of seven tensors.
 
-    [0] derained image, [1] at 1/2 size, [2] at 1/4 size, [3] INR rendering at 1/2 size, [4] half the values of the
-    mid scale's input image, [5] INR rendering at 1/4 size, [6] 1/4 input. The published losses and scripts rely on
-    this order. Results are not clamped.
+    [0] derained image, [1] at 1/2 size, [2] at 1/4 size, [3] INR rendering of the mid scale, [4] half the values of the
+    mid scale's input image, [5] INR rendering of the small scale, [6] 1/4 input. The published losses and scripts rely
+    on this order. Renderings have the size of their scale, coordinate ones of the next. What an ablation leaves away
+    is None. Results are not clamped.
 
     Args:
         dim: width C at the finest level; 2C and 4C below it.
         num_blocks: blocks at level 1, level 2 and the latent.
         heads: attention heads at the same three places; None builds NeRD-Rain-MPRNet's blocks (Table 6), which are
             two channel-attention blocks each.
+        passes: over the images at 1/4, 1/2 and full size; the first may be 0.
+        inr: one of INRS, see there.
+        feedback: "bfpu", as published; "sum" adds two latents instead of fusing them; "none".
     """
 
-    def __init__(self, dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4)):
+    def __init__(
+        self, dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4), passes=(1, 2, 3), inr="published", feedback="bfpu"
+    ):
         super().__init__()
-        self.options = {"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)}
+        if inr not in INRS or feedback not in FEEDBACKS or len(passes) != 3 or passes[0] < 0 or min(passes[1:]) < 1:
+            raise ValueError(
+                f"inr is one of {', '.join(INRS)}, feedback one of {', '.join(FEEDBACKS)}, passes are three numbers of "
+                f"which the first may be 0; not {inr}, {feedback} and {passes}"
+            )
+        self.options = {
+            **{"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)},
+            **{"passes": tuple(passes), "inr": inr, "feedback": feedback},
+        }
+        self.passes, self.inr = dict(zip(SCALES, passes)), inr
         prelu = nn.PReLU() if heads is None else None  # a single slope, shared by the whole network
 
         def block(level):
@@ -239,12 +320,14 @@ class MultiscaleNet(nn.Module):
         def blocks(level):
             return nn.Sequential(*(block(level) for _ in range(num_blocks[level])))
 
-        parts = {
+        encoder = {
             "encoder_level1": lambda: blocks(0),
             "down1_2": lambda: downsample(dim),
             "encoder_level2": lambda: blocks(1),
             "down2_3": lambda: downsample(dim * 2),
             "latent": lambda: blocks(2),
+        }
+        parts = encoder | {
             "up3_2": lambda: upsample(dim * 4),
             "reduce_chan_level2": lambda: conv1x1(dim * 4, dim * 2),
             "decoder_level2": lambda: blocks(1),
@@ -252,23 +335,53 @@ class MultiscaleNet(nn.Module):
             "reduce_chan_level1": lambda: conv1x1(dim * 2, dim),
             "decoder_level1": lambda: blocks(0),
         }
-        for scale, passes in PASSES.items():
+        scales = [scale for scale in SCALES if self.passes[scale]]
+        rendering = [scale for scale in INRS[inr] if scale in scales]  # scales with an INR head
+        for scale in scales:
             self.add_module(f"patch_embed_{scale}", named(proj=conv3x3(3, dim)))
             for part, build in parts.items():
-                for k in range(1, passes + 1):
-                    self.add_module(part_name(part, scale, k), build())
+                for k in range(1, self.passes[scale] + 1):
+                    self.add_module(self.part_name(part, scale, k), build())
             self.add_module(f"output_{scale}", conv3x3(dim, 3))
-            for k in range(1, passes):
-                self.add_module(context_name(scale, k), conv3x3(dim, dim))
-            if scale == "small":
-                self.INR = INR(dim)
-            elif scale == "mid":
-                self.INR2 = INR(dim)
-        self.BF1, self.BF2, self.BF3 = (Fusion(dim * 4) for _ in range(3))
-        self.upsmall2mid1, self.upsmall2mid2 = upsample(dim * 4), upsample(dim * 2)
-        self.upmid2max1, self.upmid2max2 = upsample(dim * 4), upsample(dim * 2)
-        # Stored in every checkpoint but never used (see decode): no gradient, or DistributedDataParallel waits for it.
-        self.reduce_chan_level1_max3.requires_grad_(False)
+            for k in range(1, self.passes[scale]):
+                self.add_module(self.context_name(scale, k), conv3x3(dim, dim))
+            if scale in rendering:
+                head = CoordinateINR if inr == "coordinate" else INR
+                head = head(dim, encoding=inr != "no_encoding", ensemble=inr != "no_ensemble")
+                self.add_module(HEADS[scale], head)
+        for number, _ in enumerate(self.fused_passes() if feedback != "none" else (), 1):
+            self.add_module(f"BF{number}", Fusion(dim * 4) if feedback == "bfpu" else Sum())
+        for scale in rendering:
+            if inr == "own_embedding":
+                self.add_module(f"{HEADS[scale]}_embed", conv3x3(3, dim))
+                continue
+            for number, width in enumerate((dim * 4, dim * 2), 1):
+                self.add_module(f"{UPS[scale]}{number}", upsample(width))
+            if inr == "own_encoder":
+                own = nn.Sequential(*(build() for build in encoder.values()))
+                self.add_module(f"{HEADS[scale]}_encoder", own)
+        if self.passes["max"] >= 3:
+            # Stored in every checkpoint but never used (see decode): no gradient, or DistributedDataParallel waits.
+            self.reduce_chan_level1_max3.requires_grad_(False)
+
+    def part_name(self, part, scale, k):
+        """Published name of a part of pass `k` (from 1) of a scale: resampling is numbered from the second pass on,
+        all other parts where the scale has several passes."""
+        numbered = k > 1 if part in ("down1_2", "down2_3", "up3_2", "up2_1") else self.passes[scale] > 1
+        return f"{part}_{scale}{k if numbered else ''}"
+
+    def context_name(self, scale, k):
+        """Published name of the convolution between pass `k` and the next: numbered where a scale has several."""
+        return f"output_{scale}_context{k if self.passes[scale] > 2 else ''}"
+
+    def fused_passes(self):
+        """The feedback units BF1, BF2, … as (scale, k): what pass `k` of a scale gets from passes k and k + 1 of the
+        finer one."""
+        pairs = (("mid", "max"), ("small", "mid"))
+        return [(to, k) for to, of in pairs for k in range(1, min(self.passes[of] - 1, self.passes[to]) + 1)]
+
+    def part(self, name, scale, k):
+        return getattr(self, self.part_name(name, scale, k))
 
     def encode(self, x, scale, k):
         """First half of pass `k`: features B×C×h×w -> latent B×4C×h/4×w/4 and the two skips."""
@@ -286,50 +399,68 @@ class MultiscaleNet(nn.Module):
         reducer = 2 if (scale, k) == ("max", 3) else k  # the published network uses pass 2's layer in pass 3, too
         return self.part("decoder_level1", scale, k)(self.part("reduce_chan_level1", scale, reducer)(x))
 
-    def part(self, name, scale, k):
-        return getattr(self, part_name(name, scale, k))
+    def render(self, scale, image, features):
+        """What the INR head of a scale makes of its image and features: B×3×h×w, by coordinates B×3×2h×2w."""
+        head = getattr(self, HEADS[scale])
+        if self.inr == "coordinate":
+            image = resize(image, 2)
+            return head(features, tuple(image.shape[2:])) + image
+        return head(features) + image
 
-    def context(self, x, scale, k):
-        return getattr(self, context_name(scale, k))(x)
+    def all_passes(self, scale, first, finer):
+        """The passes over a scale: its first latent and skips, and the latents of the finer scale's passes -> features
+        B×C×h×w, and the latents of all passes as they were before anything was fed back to them."""
+        (latent, skips), latents = first, []
+        for k in range(1, self.passes[scale] + 1):
+            latents.append(latent)
+            if (scale, k) in self.fused_passes() and self.options["feedback"] != "none":
+                fusion = getattr(self, f"BF{self.fused_passes().index((scale, k)) + 1}")
+                latent = latent + resize(fusion(finer[k - 1], finer[k]), 0.5)
+            features = self.decode(latent, skips, scale, k)
+            if k < self.passes[scale]:
+                latent, skips = self.encode(getattr(self, self.context_name(scale, k))(features), scale, k + 1)
+        return features, latents
 
     def forward(self, x):
         if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
             raise ValueError(f"height and width must be multiples of {MULTIPLE}, not {x.shape[-2]} and {x.shape[-1]}")
-        half, quarter = resize(x, 0.5), resize(x, 0.25)
+        scales = [scale for scale in SCALES if self.passes[scale]]
+        inputs = {"small": resize(x, 0.25), "mid": resize(x, 0.5), "max": x}
 
         # Coarse to fine: each scale's first latent is rendered and added to the next scale's image.
-        small, small_skips = self.encode(self.patch_embed_small(quarter), "small", 1)
-        inr_small = self.INR(self.upsmall2mid2(self.upsmall2mid1(small))) + quarter
-        image_mid = half + resize(inr_small, 2)
-        mid1, mid1_skips = self.encode(self.patch_embed_mid(image_mid), "mid", 1)
-        inr_mid = self.INR2(self.upmid2max2(self.upmid2max1(mid1))) + image_mid
-
-        # The full-size scale: three passes in a row.
-        max1, skips = self.encode(self.patch_embed_max(x + resize(inr_mid, 2)), "max", 1)
-        features = self.context(self.decode(max1, skips, "max", 1), "max", 1)
-        max2, skips = self.encode(features, "max", 2)
-        features = self.context(self.decode(max2, skips, "max", 2), "max", 2)
-        max3, skips = self.encode(features, "max", 3)
-        features_max = self.decode(max3, skips, "max", 3)
+        images, renderings, first, passed_on = {}, {}, {}, 0
+        for scale in scales:
+            images[scale] = image = inputs[scale] + passed_on
+            if self.inr == "own_embedding":
+                renderings[scale] = image = self.render(scale, image, getattr(self, f"{HEADS[scale]}_embed")(image))
+            embedded, passed_on = getattr(self, f"patch_embed_{scale}")(image), 0
+            first[scale] = self.encode(embedded, scale, 1)
+            if self.inr != "own_embedding" and hasattr(self, HEADS[scale]):
+                own_encoder = getattr(self, f"{HEADS[scale]}_encoder", None)
+                latent = own_encoder(embedded) if own_encoder else first[scale][0]
+                enlarged = getattr(self, f"{UPS[scale]}2")(getattr(self, f"{UPS[scale]}1")(latent))
+                renderings[scale] = self.render(scale, image, enlarged)
+                passed_on = renderings[scale] if self.inr == "coordinate" else resize(renderings[scale], 2)
 
         # Fine to coarse: latents of two neighbouring passes are fused and fed back to the coarser scale.
-        fed_back = mid1 + resize(self.BF1(max1, max2), 0.5)
-        features = self.context(self.decode(fed_back, mid1_skips, "mid", 1), "mid", 1)
-        mid2, mid2_skips = self.encode(features, "mid", 2)
-        features_mid = self.decode(mid2 + resize(self.BF2(max2, max3), 0.5), mid2_skips, "mid", 2)
-        features_small = self.decode(small + resize(self.BF3(mid1, mid2), 0.5), small_skips, "small", 1)
+        features, latents = {}, ()
+        for scale in reversed(scales):
+            features[scale], latents = self.all_passes(scale, first[scale], latents)
 
         # Coarse to fine again: decoded features are handed up, and each scale predicts its residual.
-        features_mid = features_mid + resize(features_small, 2)
-        features_max = features_max + resize(features_mid, 2)
+        results, handed_up = {}, 0
+        for scale in scales:
+            decoded = features[scale] + handed_up
+            results[scale] = getattr(self, f"output_{scale}")(decoded) + inputs[scale]
+            handed_up = resize(decoded, 2)
         return [
-            self.output_max(features_max) + x,
-            self.output_mid(features_mid) + half,
-            self.output_small(features_small) + quarter,
-            inr_mid,
-            image_mid / 2,
-            inr_small,
-            quarter,
+            results["max"],
+            results["mid"],
+            results.get("small"),
+            renderings.get("mid"),
+            images["mid"] / 2,
+            renderings.get("small"),
+            images.get("small"),
         ]
 
 

@@ -43,7 +43,9 @@ class INR(model.INR):
 
     def forward(self, x):
         neighbourhoods = F.unfold(x, 3, padding=1).transpose(1, 2)  # B×hw×9C
-        coordinates = neighbourhoods.new_zeros(*neighbourhoods.shape[:2], self.coordinates)
+        coordinates = neighbourhoods.new_zeros(
+            *neighbourhoods.shape[:2], self.imnet.layers[0].in_features - neighbourhoods.shape[2] - self.cells
+        )
         cells = neighbourhoods.new_full((*neighbourhoods.shape[:2], self.cells), 2.0)
         answers = [self.imnet(torch.cat([neighbourhoods, coordinates, cells], dim=2)) for _ in range(4)]
         return (sum(answers) / 4).transpose(1, 2).unflatten(2, x.shape[2:])

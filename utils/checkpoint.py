@@ -19,6 +19,7 @@ PUBLISHED = {
     (32, (2, 3, 3), (1, 2, 4)): "NeRD-Rain-S",
     (48, (1, 1, 1), None): "NeRD-Rain-MPRNet",
 }
+DEFAULTS = {"passes": (1, 2, 3), "inr": "published", "feedback": "bfpu"}  # what ablations change
 
 
 def save_checkpoint(path, previous=None, **content):
@@ -98,18 +99,27 @@ def is_transformer(weights):
 
 
 def network_name(net):
-    return PUBLISHED.get(
-        tuple(net.options.values()), "a network of width {dim}, blocks {num_blocks}".format(**net.options)
-    )
+    """-> the published name, and what an ablation changed of it."""
+    kind, changed = (net.options[name] for name in ("dim", "num_blocks", "heads")), []
+    for name, default in DEFAULTS.items():
+        if net.options[name] != default:
+            changed.append(f"{name} {net.options[name]}")
+    name = PUBLISHED.get(tuple(kind), "a network of width {dim}, blocks {num_blocks}".format(**net.options))
+    return ", ".join([name, *changed])
 
 
-def build_network(weights, path):
-    """The network to which a state dict belongs, with these weights in float32.
+def build_network(content, path):
+    """The network to which a checkpoint belongs, with its weights in float32, averaged ones where it has them.
 
-    Raises UserError with the names and shapes that do not fit.
+    Which one it is, is read from names and shapes, and what these do not tell from "options", if that is there. Raises
+    UserError with the names and shapes that do not fit.
     """
-    with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
-        net = MultiscaleNet(**options_of(weights, path))
+    weights, options = content.get("ema") or content["state_dict"], content.get("options")
+    try:
+        with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
+            net = MultiscaleNet(**(options or options_of(weights, path)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a network that cannot be built ({error}).") from error
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
@@ -128,12 +138,8 @@ def build_network(weights, path):
 
 
 def load_network(path):
-    """The network in a checkpoint, on the CPU; which one it is (`network_name`) is recognised from the file.
-
-    Averaged weights are preferred where the checkpoint has them.
-    """
-    content = load_checkpoint(path)
-    return build_network(content.get("ema") or content["state_dict"], path)
+    """The network in a checkpoint, on the CPU; which one it is (`network_name`) is recognised from the file."""
+    return build_network(load_checkpoint(path), path)
 
 
 @reports_errors
@@ -142,8 +148,9 @@ def main(argv=None):
     parser.add_argument("checkpoint")
     parser.add_argument("output")
     args = parser.parse_args(argv)
-    weights = load_network(args.checkpoint).state_dict()
-    save_checkpoint(args.output, state_dict={name: tensor.half() for name, tensor in weights.items()})
+    net = load_network(args.checkpoint)
+    weights = {name: tensor.half() for name, tensor in net.state_dict().items()}
+    save_checkpoint(args.output, state_dict=weights, options=net.options)
 
 
 if __name__ == "__main__":
