@@ -473,16 +473,16 @@ def checkpoint_activations(net):
     return net
 
 
-def nerd_rain():
-    """NeRD-Rain: 22,893,146 parameters."""
-    return MultiscaleNet(dim=48)
+def nerd_rain(**options):
+    """NeRD-Rain: 22,893,146 parameters. Options are those of MultiscaleNet."""
+    return MultiscaleNet(dim=48, **options)
 
 
-def nerd_rain_s():
+def nerd_rain_s(**options):
     """NeRD-Rain-S: 10,530,314 parameters."""
-    return MultiscaleNet(dim=32)
+    return MultiscaleNet(dim=32, **options)
 
 
-def nerd_rain_mprnet():
+def nerd_rain_mprnet(**options):
     """NeRD-Rain-MPRNet (Table 6): 22,983,411 parameters."""
-    return MultiscaleNet(dim=48, num_blocks=(1, 1, 1), heads=None)
+    return MultiscaleNet(dim=48, num_blocks=(1, 1, 1), heads=None, **options)

@@ -83,6 +83,9 @@ def parse_args(argv=None):
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
     add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
     add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
+    add("passes", nargs=3, type=int, metavar="N", help="ablation: passes over 1/4, 1/2 and full size (default: 1 2 3)")
+    add("inr", choices=model.INRS, help="ablation: implicit neural representation (default: published)")
+    add("feedback", choices=model.FEEDBACKS, help="ablation: from finer to coarser scales (default: bfpu)")
     add("pretrain_weights", help="checkpoint whose weights, averaged ones if it has them, training starts from")
     add("model_save_dir", "checkpoints", "where checkpoints go")
     add("mode", "Deraininig", "part of the checkpoints' path, spelt as in the published code")
@@ -158,15 +161,17 @@ def changed_arguments(arguments, record):
 def make_network(args, path, checkpoint):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
     source = path if checkpoint else args.pretrain_weights
+    ablation = {name: getattr(args, name) for name in ("passes", "inr", "feedback") if getattr(args, name)}
+    build = getattr(model, args.model or (DATASETS[args.dataset].model if args.dataset else "nerd_rain"))
     if not source:
-        preset = DATASETS[args.dataset].model if args.dataset else "nerd_rain"
-        return getattr(model, args.model or preset)()
-    net = build_network(checkpoint["state_dict"], source) if checkpoint else load_network(source)
-    if args.model:
-        with torch.device("meta"):
-            wanted = network_name(getattr(model, args.model)())
-        if network_name(net) != wanted:
-            raise UserError(f"{source} holds {network_name(net)}, --model asks for {wanted}: change that or --session.")
+        return build(**ablation)
+    net = build_network({**checkpoint, "ema": None}, source) if checkpoint else load_network(source)
+    with torch.device("meta"):
+        wanted = build(**ablation) if args.model else model.MultiscaleNet(**{**net.options, **ablation})
+    if net.options != wanted.options:
+        raise UserError(
+            f"{source} holds {network_name(net)}, but {network_name(wanted)} was asked for: change that or --session."
+        )
     return net
 
 
@@ -319,6 +324,7 @@ class Trainer:
                 epoch=self.epoch,
                 pictures=self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
                 state_dict=self.net.state_dict(),
+                options=self.net.options,
                 optimizer=self.optimizer.state_dict(),
                 best_psnr=self.best_psnr,
                 best_epoch=self.best_epoch,

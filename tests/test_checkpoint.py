@@ -45,7 +45,7 @@ def test_weights_are_passed_on_in_half_precision(tmp_path):
     save_checkpoint(tmp_path / "both.pth", epoch=1, state_dict=raw, ema=averaged, optimizer={"state": {}})
     checkpoint.main([str(tmp_path / "both.pth"), str(tmp_path / "half.pth")])
     content = torch.load(tmp_path / "half.pth", weights_only=True)
-    assert content.keys() == {"state_dict"} and content["state_dict"].keys() == raw.keys()
+    assert content.keys() == {"state_dict", "options"} and content["state_dict"].keys() == raw.keys()
     assert all(torch.equal(tensor, averaged[name].half()) for name, tensor in content["state_dict"].items())
     assert load_network(tmp_path / "half.pth").output_max.weight.dtype == torch.float32
 
@@ -121,3 +121,22 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
 
 def load_epoch(path):
     return torch.load(path, weights_only=True)["epoch"]
+
+
+@pytest.mark.parametrize("passes", [(3, 2, 1), (0, 2, 3)])
+@pytest.mark.parametrize("inr, feedback", [("coordinate", "bfpu"), ("none", "sum"), ("own_embedding", "none")])
+def test_ablations_are_recognised_from_their_files(tmp_path, passes, inr, feedback):
+    net = MultiscaleNet(8, (1, 1, 1), passes=passes, inr=inr, feedback=feedback)
+    save_checkpoint(tmp_path / "a.pth", state_dict=net.state_dict(), options=net.options)
+    loaded = load_network(tmp_path / "a.pth")
+    assert loaded.options == net.options and f"inr {inr}" in network_name(loaded)
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded(x)[0], net(x)[0])
+
+
+@pytest.mark.parametrize("options", [{"dims": 8}, {"inr": "magic"}, {"passes": (1, 0, 3)}, ["dim"], {"dim": "8"}])
+def test_options_that_no_network_has_are_refused(tmp_path, options):
+    net = MultiscaleNet(8, (1, 1, 1))
+    save_checkpoint(tmp_path / "a.pth", state_dict=net.state_dict(), options=options)
+    with pytest.raises(UserError, match=r"a.pth .*(cannot be built|does not fit)"):
+        load_network(tmp_path / "a.pth")

@@ -1,11 +1,15 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from benchmarks.training import kept_activations
 from losses import DerainLoss, EdgeDistance, Pyramid
-from model import INR, Attention, MultiscaleNet
+from model import INR, Attention, CoordinateINR, MultiscaleNet
 from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
 from tests.yardstick import yardstick
 
@@ -150,3 +154,85 @@ def test_checkpointed_activations_change_memory_and_nothing_else():
         gradients.append([p.grad for p in net.parameters() if p.grad is not None])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("passes", [(1, 2, 3), (3, 2, 1), (2, 2, 2), (0, 2, 3)])
+@pytest.mark.parametrize("inr", model.INRS)
+@pytest.mark.parametrize("feedback", model.FEEDBACKS)
+def test_ablations_run_forward_and_backward(passes, inr, feedback):
+    net = MultiscaleNet(8, (1, 1, 1), passes=passes, inr=inr, feedback=feedback)
+    x = golden_input("input", 1, 3, 32, 32)
+    outputs = net(x)
+    losses = DerainLoss()(outputs, x)
+    losses["total"].backward()
+    assert outputs[0].shape == x.shape and losses["total"].isfinite()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    assert (outputs[2] is None) == (passes[0] == 0) and (outputs[3] is None) == (inr in ("none", "first"))
+    assert (losses["l1"] == 0) == (outputs[3] is None and outputs[5] is None)
+
+
+def test_what_an_ablation_leaves_away_matters():
+    """Each option changes the result of otherwise equal weights, but for the local ensemble of the published head."""
+    x, results = golden_input("input", 1, 3, 32, 32), {}
+    weights = MultiscaleNet(8, (1, 1, 1)).state_dict()
+    kinds = [(inr, f) for inr in ("published", "none", "first", "coordinate", "no_ensemble") for f in ("bfpu", "none")]
+    for inr, feedback in kinds:
+        net = MultiscaleNet(8, (1, 1, 1), inr=inr, feedback=feedback)
+        net.load_state_dict(weights, strict=False)
+        results[inr, feedback] = net(x)[0]
+    for first, second in itertools.combinations(kinds, 2):
+        alike = first[1] == second[1] and {first[0], second[0]} == {"published", "no_ensemble"}
+        assert torch.equal(results[first], results[second]) == alike, (first, second)
+
+
+@pytest.mark.parametrize("options", [{"inr": "magic"}, {"feedback": "x"}, {"passes": (1, 0, 3)}, {"passes": (1, 2)}])
+def test_options_must_exist(options):
+    with pytest.raises(ValueError, match="passes are three numbers"):
+        MultiscaleNet(8, **options)
+
+
+def render_slowly(head, features, size):
+    """CoordinateINR's equations, pixel by pixel."""
+    (height, width), padded = features.shape[2:], F.pad(features, (1, 1, 1, 1))
+    octaves = [2**octave * math.pi for octave in range(4)]
+
+    def encoded(point):
+        return [function(frequency * c) for c in point for function in (math.sin, math.cos) for frequency in octaves]
+
+    result = torch.zeros(len(features), 3, *size)
+    for b, i, j in itertools.product(range(len(features)), *map(range, size)):
+        point = [-1 + (2 * i + 1) / size[0], -1 + (2 * j + 1) / size[1]]
+        for row, column in itertools.product((-1, 1), repeat=2):
+            y, x = ((c + 1) / 2 * n + d * 0.5 for c, n, d in zip(point, (height, width), (row, column)))
+            y, x = math.floor(y + 1e-9), math.floor(x + 1e-9)
+            area = math.prod(1 - abs((c + 1) / 2 * n - 0.5 - t) for c, n, t in zip(point, (height, width), (y, x)))
+            y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+            centre = [-1 + (2 * y + 1) / height, -1 + (2 * x + 1) / width]
+            relative = [(p - c) * n for p, c, n in zip(point, centre, (height, width))]
+            between = [p - c for p, c in zip(encoded(point), encoded(centre))]
+            inputs = [*padded[b, :, y : y + 3, x : x + 3].flatten(), *relative, *between]
+            inputs += [2 / size[0] * height, 2 / size[1] * width]
+            result[b, :, i, j] += area * head.imnet.layers(torch.tensor(inputs))
+    return result
+
+
+@torch.inference_mode()
+def test_coordinate_heads_render_what_their_equations_say():
+    torch.manual_seed(0)
+    head, features = CoordinateINR(2), torch.randn(2, 2, 3, 4)
+    for size in ((3, 4), (6, 8), (5, 7), (2, 9)):
+        torch.testing.assert_close(head(features, size), render_slowly(head, features, size), rtol=0, atol=1e-5)
+    torch.testing.assert_close(head(features, (3, 4)), INR.forward(head, features), rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_coordinate_heads_turn_with_what_they_render():
+    """A head whose weights are as symmetric as the square gives the turned picture of turned features."""
+    torch.manual_seed(0)
+    head, features = CoordinateINR(4, encoding=False), torch.randn(1, 4, 6, 6)
+    first = head.imnet.layers[0].weight
+    kernel = first[:, :36].unflatten(1, (4, 3, 3))
+    first[:, :36] = (sum(torch.rot90(kernel, turns, (2, 3)) for turns in range(4)) / 4).flatten(1)
+    first[:, 36:38] = 0  # the relative coordinates
+    turned = head(torch.rot90(features, 1, (2, 3)), (17, 17))
+    torch.testing.assert_close(torch.rot90(turned, -1, (2, 3)), head(features, (17, 17)), rtol=0, atol=1e-5)

@@ -71,7 +71,7 @@ def reports_lost_processes():
             raise
         raise UserError(
             f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
-            "what torchrun prints below, says why. The last checkpoint is whole, and the same command goes on from it."
+            "what torchrun prints below, says why. What was finished is whole, and the same command goes on from it."
         ) from error
 
 
