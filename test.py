@@ -1,4 +1,4 @@
-"""Derains pictures: a file, a folder, a folder tree or a pattern.
+"""Derains pictures: a file, a folder, a folder tree or a pattern; and clips: a file or a pattern.
 
 python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
 torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --weights model_best.pth --skip_existing
@@ -26,6 +26,7 @@ from utils.formats import KEEPABLE, QUALITY, write_picture
 from utils.huge import derain_huge, is_huge
 from utils.images import contact_sheet, eight_bits, find_pictures, read_image, write_png
 from utils.inference import MODES, WINDOW, Derainer
+from utils.video import derain_clips, split_clips
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
@@ -34,7 +35,9 @@ COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_deraine
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", nargs="+", required=True, help="rainy pictures: files, folders or 'patterns'")
+    parser.add_argument(
+        "--input_dir", nargs="+", required=True, help="rainy pictures: files, folders, 'patterns'; clips"
+    )
     parser.add_argument("--output_dir", type=Path, help="where results go (default: results/<name of the input>)")
     parser.add_argument(
         "--keep_format", action="store_true", help="write JPEG, WebP, TIFF, … where the input is such, instead of PNG"
@@ -55,6 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--ensemble", action="store_true", help="mean of the eight turned and mirrored pictures")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
     parser.add_argument("--fused", action="store_true", help="fused kernels and CUDA graphs, on NVIDIA GPUs")
+    parser.add_argument("--steady", action="store_true", help="clips: damps flicker where nothing moves")
     parser.add_argument(
         "--target_dir", help="clean pictures: prints PSNR and SSIM before and after, and writes them as CSV"
     )
@@ -169,8 +173,9 @@ def main(argv=None):
     device, rank, world = start_processes(args.gpus)
     net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
-    output_dir = args.output_dir or default_output_dir(args.input_dir[0])
-    found = [find_pictures(source) for source in args.input_dir]
+    clips, sources = split_clips(args.input_dir)
+    output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
+    found = [find_pictures(source) for source in sources]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
     inputs = [path for paths, _ in found for path in paths]
     outputs, problems = plan(found, output_dir, [*inputs, *clean_paths], args.keep_format)
@@ -179,15 +184,17 @@ def main(argv=None):
     done = from_first_process(done)  # others may start later, when there are more
     new = {path: output for path, output in outputs.items() if path not in done}
     if rank == 0:
-        skipped = f", {len(done)} of them there already" if done else ""
-        print(f"{network_name(net)} from {args.weights} on {device}: {len(outputs)} pictures -> {output_dir}{skipped}")
+        skipped = f" ({len(done)} of them there already)" if done else ""
+        what = f"{len(outputs)} pictures{skipped}" + (f" and {len(clips)} clips" if clips else "")
+        print(f"{network_name(net)} from {args.weights} on {device}: {what} -> {output_dir}")
 
-    derainer = Derainer(net, args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
+    settings = (args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
+    derainer = Derainer(net, *settings)
     new, done = share(new, rank, world), share(done, rank, world)
     results = chain(measure_done(done, targets), derain_all(derainer, new, targets, args.quality))
     rows, panel, mine = [], [], {}  # mine: this process's problems
     with logging_redirect_tqdm():
-        bar = tqdm(results, total=len(new) + len(done), unit="picture", disable=None if rank == 0 else True)
+        bar = tqdm(results, total=len(new) + len(done), unit="picture", disable=None if rank == 0 and outputs else True)
         for path, result in bar:
             if isinstance(result, UserError):
                 if disk_failed(result):
@@ -198,6 +205,7 @@ def main(argv=None):
                 rows.append((str(outputs[path].relative_to(output_dir)), *scores))
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
+        mine.update(derain_clips(clips[rank::world], output_dir, derainer, args.weights, settings, args.steady))
     rows, mine = zip(*from_all_processes((rows, mine)))
     end_processes()
     if rank > 0:
@@ -211,7 +219,7 @@ def main(argv=None):
         write_png(args.panel, contact_sheet(panel))
     if problems or unpaired:
         lines = [*problems.values(), *unpaired]
-        sys.exit(f"error: all is done but for {len(lines)} pictures:{listed(lines, len(lines))}")
+        sys.exit(f"error: all is done but for {len(lines)} files:{listed(lines, len(lines))}")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_one_bad_picture_does_not_lose_the_others(run, photos, tmp_path):
     (photos / "a.png").write_bytes(b"broken")
     (photos / "z.png").symlink_to("nowhere")
     message = failure(run, photos)
-    assert "all is done but for 2 pictures" in message and f"{photos / 'a.png'} cannot be read" in message
+    assert "all is done but for 2 files" in message and f"{photos / 'a.png'} cannot be read" in message
     assert f"{photos / 'z.png'} does not exist" in message
     assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"b.png", "c.png"}
 
@@ -200,7 +200,7 @@ def test_two_processes_do_what_one_does_and_a_rerun_finishes_the_rest(tmp_path, 
     options += ["--win_size", "32", "--gpus", "cpu", "--skip_existing", "--output_dir"]
     for launcher, out in (([sys.executable], "one"), (torchrun, "two"), (torchrun, "two")):
         run = subprocess.run([*launcher, "test.py", *options, tmp_path / out], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 1 and "all is done but for 1 pictures" in run.stderr
+        assert run.returncode == 1 and "all is done but for 1 files" in run.stderr
         assert "3.png cannot be read" in run.stderr and "4 pictures; Y channel" in run.stdout
         results = {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
         if out == "one":

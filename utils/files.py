@@ -20,14 +20,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTD
 
 @contextlib.contextmanager
 def atomic_path(path, previous=None):
-    """Yields another name in the same folder, with the same ending, for a file that takes the place of `path` when the
-    block ends well, and vanishes when it does not.
+    """Yields another name in the same folder for a file that takes the place of `path` when the block ends well, and
+    vanishes when it does not.
 
     What it replaces is kept as `previous`, if that is given: one of the two is there at any time. Folders are made as
     needed. A full disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:60]}.tmp{path.suffix}")  # a name can be as long as names may be
+    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name can be as long as names may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

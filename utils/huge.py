@@ -8,10 +8,18 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.formats import to_grey
+from utils.formats import QUALITY, to_grey
 
 HUGE = 64 * 10**6  # pixels; smaller pictures take less than a gigabyte
 KINDS = {"uchar": np.uint8, "ushort": np.uint16}
+LOSSY = {"Q": QUALITY}
+SAVERS = {  # ending -> function and options of libvips; Q and bigtiff are set for each file
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), ("jpegsave", LOSSY)),
+    **dict.fromkeys(
+        (".tif", ".tiff"), ("tiffsave", {"compression": "deflate", "predictor": "horizontal", "bigtiff": True})
+    ),
+    **{".png": ("pngsave", {}), ".webp": ("webpsave", LOSSY), ".avif": ("heifsave", LOSSY | {"compression": "av1"})},
+}
 METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings of libvips' names
 
 
@@ -76,6 +84,8 @@ def colours(image):
 def derain_huge(derainer, path, output, quality):
     """Derains a picture file into one of the output's ending; its colours, alpha and metadata are treated as in
     utils/formats.py. The result lies beside the output, uncompressed, until it is whole. Raises UserError."""
+    if Path(output).suffix.lower() not in SAVERS:
+        raise UserError(f"{path} is too large to be written as {Path(output).suffix}: leave --keep_format away.")
     if derainer.mode == "whole":
         raise UserError(f"{path} is too large for --mode whole: leave that away.")
     try:
@@ -97,9 +107,8 @@ def derain_huge(derainer, path, output, quality):
                 if name.startswith(METADATA):
                     image.set_type(again.get_typeof(name), name, again.get(name))
             image.set_type(vips().GValue.gint_type, "orientation", 1)  # the metadata hold the original's
-            options = {"Q": quality} if output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".avif") else {}
-            if output.suffix.lower() in (".tif", ".tiff"):
-                options = {"compression": "deflate", "predictor": "horizontal", "bigtiff": height * width * 8 > 2**32}
-            image.write_to_file(str(result), **options)
+            save, options = SAVERS[Path(output).suffix.lower()]
+            chosen = {"Q": quality, "bigtiff": height * width * 8 > 2**32}
+            getattr(image, save)(str(result), **options | {name: chosen[name] for name in options if name in chosen})
     except vips().Error as error:
         raise UserError(f"{path} cannot be derained a band at a time ({' '.join(str(error).split())}).") from error
