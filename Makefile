@@ -1,4 +1,4 @@
-# make demo       trains for a few minutes on Datasets/demo, then derains its test pictures into results/demo
+# make demo       derains the test pictures of Datasets/demo into results/demo with the weights of this repository
 # make test       ruff and the test suite
 # make test-slow  the tests that take minutes each
 # Each installs what it needs into .venv first; VENV=path uses another environment, PYTHON=python3.12 another Python.
@@ -6,15 +6,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-DEMO := checkpoints/Deraininig/models/demo
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow
 
 demo: $(VENV)/.requirements.txt
-	$(BIN)/python train.py --dataset demo
 	$(BIN)/python test.py --input_dir Datasets/demo/test/input --target_dir Datasets/demo/test/target \
-		--weights $(DEMO)/model_best.pth --output_dir results/demo --panel results/demo_panel.png
+		--output_dir results/demo --panel results/demo_panel.png
 	@echo "Look at results/demo_panel.png: rainy, derained, clean."
 
 test: $(VENV)/.requirements-dev.txt

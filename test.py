@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataset_RGB import match_by_name
 from evaluations.metrics import psnr_ssim
 from model import MULTIPLE
-from utils.checkpoint import load_network, network_name
+from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
 from utils.devices import end_processes, from_all_processes, from_first_process, start_processes
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
@@ -46,7 +46,12 @@ def parse_args(argv=None):
         "--skip_existing", action="store_true", help="keep results that are there: finish an earlier run"
     )
     parser.add_argument("--quality", type=int, default=QUALITY, help="of JPEG, WebP and AVIF (default: %(default)s)")
-    parser.add_argument("--weights", required=True, help="a checkpoint; which network it holds is read from it")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=OWN_WEIGHTS,
+        help="a checkpoint; which network it holds is read from it (default: this repository's own weights)",
+    )
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
     parser.add_argument(
         "--mode",
@@ -186,7 +191,8 @@ def main(argv=None):
     if rank == 0:
         skipped = f" ({len(done)} of them there already)" if done else ""
         what = f"{len(outputs)} pictures{skipped}" + (f" and {len(clips)} clips" if clips else "")
-        print(f"{network_name(net)} from {args.weights} on {device}: {what} -> {output_dir}")
+        source = "this repository's own weights" if args.weights == OWN_WEIGHTS else args.weights
+        print(f"{network_name(net)} from {source} on {device}: {what} -> {output_dir}")
 
     settings = (args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
     derainer = Derainer(net, *settings)

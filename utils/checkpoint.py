@@ -7,6 +7,7 @@ python -m utils.checkpoint model_best.pth weights.pth      keeps the weights alo
 import argparse
 import re
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from model import MultiscaleNet
 from utils.errors import UserError, reports_errors
 from utils.files import atomic_write
 
+OWN_WEIGHTS = Path(__file__).parent.parent / "checkpoints" / "nerd_rain_s.pth"  # part of this repository
 PUBLISHED = {
     (48, (2, 3, 3), (1, 2, 4)): "NeRD-Rain",
     (32, (2, 3, 3), (1, 2, 4)): "NeRD-Rain-S",
