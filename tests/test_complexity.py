@@ -6,12 +6,13 @@ import torch
 import model
 from evaluations import complexity
 from tests.golden import NUMBERS
+from utils.checkpoint import DEFAULTS
 
 
 class OneConvolution(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.options = {"dim": 0, "num_blocks": (), "heads": None}
+        self.options = {"dim": 0, "num_blocks": (), "heads": None, **DEFAULTS}
         self.convolution = torch.nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, picture):
