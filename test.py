@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --weights mo
 
 import argparse
 import sys
+from datetime import timedelta
 from itertools import chain
 from os.path import realpath
 from pathlib import Path
@@ -19,7 +20,13 @@ from dataset_RGB import match_by_name
 from evaluations.metrics import psnr_ssim
 from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
-from utils.devices import end_processes, from_all_processes, from_first_process, start_processes
+from utils.devices import (
+    end_processes,
+    from_all_processes,
+    from_first_process,
+    reports_lost_processes,
+    start_processes,
+)
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
 from utils.formats import KEEPABLE, QUALITY, write_picture
@@ -175,11 +182,13 @@ def share(outputs, rank, world):
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
-    device, rank, world = start_processes(args.gpus)
+    device, rank, world = start_processes(args.gpus, patience=timedelta(days=30))
     net = load_network(args.weights)
     net = net.to(device, memory_format=torch.channels_last).eval()
     clips, sources = split_clips(args.input_dir)
     output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
+    if output_dir.is_file():
+        raise UserError(f"{output_dir} is a file: choose another --output_dir.")
     found = [find_pictures(source) for source in sources]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
     inputs = [path for paths, _ in found for path in paths]
@@ -212,7 +221,8 @@ def main(argv=None):
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
         mine.update(derain_clips(clips[rank::world], output_dir, derainer, args.weights, settings, args.steady))
-    rows, mine = zip(*from_all_processes((rows, mine)))
+    with reports_lost_processes():
+        rows, mine = zip(*from_all_processes((rows, mine)))
     end_processes()
     if rank > 0:
         return

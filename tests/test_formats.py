@@ -121,6 +121,13 @@ def test_cmyk_is_converted_by_its_profile_or_without(tmp_path):
         assert picture.pixels.shape == COLOUR.shape and "icc_profile" not in picture.metadata
 
 
+def test_colours_that_become_rgb_get_no_alpha_and_lose_their_profile(tmp_path):
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    Image.fromarray(COLOUR).convert("LAB").save(tmp_path / "a.tif", icc_profile=lab)
+    picture = read_picture(tmp_path / "a.tif")
+    assert picture.alpha is None and "icc_profile" not in picture.metadata and picture.pixels.shape == COLOUR.shape
+
+
 def test_endings_that_cannot_hold_a_picture_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"a.jpg cannot be written: .jpg has no 16 bits"):
         write_picture(tmp_path / "a.jpg", Picture(noise(4, 4, 3)))

@@ -75,6 +75,9 @@ def test_what_fails_is_named_and_leaves_nothing(derainer, tmp_path):
         derain_huge(derainer, tmp_path / "b.png", tmp_path / "out" / "b.png", 95)
     with pytest.raises(UserError, match="too large for --mode whole"):
         derain_huge(Derainer(derainer.net, "whole"), tmp_path / "a.png", tmp_path / "out" / "a.png", 95)
+    write_picture(tmp_path / "thin.png", Picture(noise(300, 20, 3)))
+    with pytest.raises(UserError, match=r"thin.png is too narrow .* smaller --win_size"):
+        derain_huge(derainer, tmp_path / "thin.png", tmp_path / "out" / "thin.png", 95)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         derain_huge(derainer, tmp_path / "a.png", tmp_path / "file" / "a.png", 95)

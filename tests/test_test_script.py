@@ -245,6 +245,13 @@ def test_an_output_folder_that_cannot_be_made_is_named(photos, narrow_weights, t
     assert "cannot be written" in str(caught.value.code) and "choose another folder" in str(caught.value.code)
 
 
+def test_an_output_folder_that_is_a_file_is_named_before_the_work(photos, narrow_weights, tmp_path):
+    (tmp_path / "file").touch()
+    options = ["--input_dir", str(photos), "--weights", str(narrow_weights), "--output_dir", str(tmp_path / "file")]
+    with pytest.raises(SystemExit, match="file is a file: choose another --output_dir"):
+        script.main(options)
+
+
 def test_a_full_disk_leaves_no_half_picture(photos, narrow_weights, tmp_path):
     command = "import resource, test; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); test.main()"
     options = ["--input_dir", photos, "--weights", narrow_weights, "--output_dir", tmp_path / "out"]

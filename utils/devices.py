@@ -40,9 +40,10 @@ def choose_device(gpus=None):
     return torch.device("cuda", int(number))
 
 
-def start_processes(gpus=None):
+def start_processes(gpus=None, patience=None):
     """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes).
-    `gpus` is as in choose_device; under torchrun each process takes a GPU of its own, or "cpu"."""
+    `gpus` is as in choose_device; under torchrun each process takes a GPU of its own, or "cpu". `patience` (timedelta)
+    is how long a process waits for another one that lives; PyTorch's default is minutes."""
     if "LOCAL_RANK" not in os.environ:
         return choose_device(gpus), 0, 1
     device = choose_device(gpus if gpus == "cpu" else None)
@@ -51,7 +52,7 @@ def start_processes(gpus=None):
         if device.index >= torch.cuda.device_count():
             raise UserError(f"there are {torch.cuda.device_count()} GPUs here: give torchrun that --nproc_per_node.")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device, dist.get_rank(), dist.get_world_size()
 
 

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif"}  # endings we write
+KEPT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"}  # Pillow's, whose colours are grey or RGB
 QUALITY = 95  # of JPEG, WebP and AVIF
 METADATA = ("icc_profile", "exif", "xmp", "dpi")  # by Pillow's names
 TIFF_TAGS = (  # of those in the file's first directory
@@ -116,9 +117,10 @@ def read_picture(path):
             return Picture(deep_grey(picture)[..., None].repeat(3, axis=2), True, None, metadata)
         if mode == "CMYK":
             picture = to_srgb(picture)
-            metadata.pop("icc_profile", None)
+        if mode not in KEPT_MODES:
+            metadata.pop("icc_profile", None)  # it describes other colours than RGB
         grey = mode in ("1", "L", "LA", "La")
-        transparent = "A" in mode or "a" in mode or "transparency" in picture.info
+        transparent = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
         pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None

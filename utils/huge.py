@@ -92,6 +92,10 @@ def derain_huge(derainer, path, output, quality):
         original = open_huge(path)
         bands = Bands(colours(original))
         (height, width, _), dtype, kind, grey = bands.shape, bands.dtype, original.format, original.bands < 3
+        if min(height, width) < derainer.window:
+            raise UserError(
+                f"{path} is too narrow for windows of {derainer.window} pixels: choose a smaller --win_size."
+            )
         with atomic_path(output) as result, tempfile.NamedTemporaryFile(dir=Path(output).parent) as raw:
             for _, rows in derainer.stream([(path, bands)]):
                 raw.write((to_grey(rows) if grey else rows).tobytes())
