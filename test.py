@@ -8,7 +8,7 @@ import argparse
 import sys
 from datetime import timedelta
 from itertools import chain
-from os.path import realpath
+from os.path import join, realpath
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,14 @@ def default_output_dir(source):
         return Path("results")
     parts = find_pictures(source)[1].resolve().parts[1:]
     return Path("results", *[part for part in parts if part not in ("test", "train", "input")][-1:])
+
+
+def without_results(paths, root, output_dir):
+    """Leaves away what lies in an output folder within the input folder: results of an earlier run."""
+    results = join(realpath(output_dir), "")
+    if results == join(realpath(root), ""):
+        return paths, root
+    return [path for path in paths if not realpath(path).startswith(results)], root
 
 
 def plan(found, output_dir, kept, keep_format=False):
@@ -189,7 +197,7 @@ def main(argv=None):
     output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
     if output_dir.is_file():
         raise UserError(f"{output_dir} is a file: choose another --output_dir.")
-    found = [find_pictures(source) for source in sources]
+    found = [without_results(*find_pictures(source), output_dir) for source in sources]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
     inputs = [path for paths, _ in found for path in paths]
     outputs, problems = plan(found, output_dir, [*inputs, *clean_paths], args.keep_format)

@@ -209,6 +209,15 @@ def test_two_processes_do_what_one_does_and_a_rerun_finishes_the_rest(tmp_path, 
         (tmp_path / out / "2.png").unlink()  # as if a process had died before
 
 
+def test_results_within_the_input_folder_are_no_inputs(photos, narrow_weights, capsys):
+    options = ["--input_dir", str(photos), "--weights", str(narrow_weights), "--win_size", "32"]
+    for _ in range(2):
+        script.main([*options, "--output_dir", str(photos / "derained")])
+        assert "3 pictures" in capsys.readouterr().out
+    results = photos / "derained"
+    assert {str(path.relative_to(results)) for path in results.rglob("*.*")} == {"a.png", "b.png", "sub/c.png"}
+
+
 def test_huge_pictures_go_band_by_band_beside_the_others(run, photos, tmp_path, monkeypatch):
     pytest.importorskip("pyvips", reason="pyvips is not installed: pip install -r requirements-extras.txt")
     write_png(photos / "huge.png", np.full((50, 60, 3), 99, np.uint8))
