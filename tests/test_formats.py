@@ -62,6 +62,16 @@ def test_metadata_are_kept(tmp_path, ending):
             assert ending == ".tif" or file.info["xmp"] == XMP
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_resolution_and_xmp_are_kept(tmp_path, ending, dtype):
+    path = tmp_path / f"a{ending}"
+    write_picture(path, Picture(noise(8, 9, 3, dtype=dtype), metadata={"dpi": (300, 300), "xmp": XMP}))
+    write_picture(path, read_picture(path))
+    with Image.open(path) as file:
+        assert file.info["dpi"] == pytest.approx((300, 300), abs=0.1) and file.info["xmp"] == XMP
+
+
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pictures_are_turned_upright(tmp_path, orientation, dtype):

@@ -19,6 +19,7 @@ from utils.files import atomic_write
 
 KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif"}  # endings we write
 KEPT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"}  # Pillow's, whose colours are grey or RGB
+XMP_TAG = 700  # of TIFF
 QUALITY = 95  # of JPEG, WebP and AVIF
 METADATA = ("icc_profile", "exif", "xmp", "dpi")  # by Pillow's names
 TIFF_TAGS = (  # of those in the file's first directory
@@ -154,6 +155,10 @@ def encode_deep(pixels, ending, metadata):
         options = {"photometric": "minisblack" if pixels.ndim == 2 else "rgb", "compression": "zlib", "predictor": True}
         if pixels.shape[2:] == (4,):
             options["extrasamples"] = ["unassalpha"]
+        if "dpi" in metadata:
+            options |= {"resolution": tuple(map(float, metadata["dpi"])), "resolutionunit": "INCH"}
+        if "xmp" in metadata:
+            options["extratags"] = [(XMP_TAG, "B", len(metadata["xmp"]), metadata["xmp"], True)]
         tifffile.imwrite(buffer, pixels, iccprofile=profile, metadata=None, **options)
         return buffer.getvalue()
     if pixels.ndim == 3:
@@ -162,6 +167,10 @@ def encode_deep(pixels, ending, metadata):
     chunks = png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) if profile else b""
     if "exif" in metadata:
         chunks += png_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
+    if "xmp" in metadata:
+        chunks += png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata["xmp"])
+    if "dpi" in metadata:
+        chunks += png_chunk(b"pHYs", struct.pack(">IIB", *(round(float(dpi) / 0.0254) for dpi in metadata["dpi"]), 1))
     header = 8 + 25  # the signature and the first chunk, which has 13 bytes of content
     return encoded[:header] + chunks + encoded[header:]
 
@@ -179,10 +188,13 @@ def encode(pixels, ending, quality, metadata):
         options["quality"] = quality
     if kind in ("JPEG", "AVIF"):
         options["subsampling"] = "4:4:4"
-    if kind in ("BMP", "TIFF"):
-        options.pop("xmp", None)
     if kind == "TIFF":
         options["compression"] = "tiff_lzw"
+        if "xmp" in options:
+            exif = Image.Exif()
+            exif.load(options.get("exif", b""))
+            exif[XMP_TAG] = options.pop("xmp")
+            options["exif"] = exif
     Image.fromarray(pixels).save(buffer, format=kind, **options)
     return buffer.getvalue()
 
