@@ -1,7 +1,8 @@
 """Derains pictures: a file, a folder, a folder tree or a pattern; and clips: a file or a pattern.
 
+python test.py --input_dir photo.jpg
 python test.py --input_dir Datasets/Rain200L/test/input --weights model_best.pth
-torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --weights model_best.pth --skip_existing
+torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --skip_existing
 """
 
 import argparse
@@ -178,12 +179,13 @@ def measure_done(outputs, targets):
 def share(outputs, rank, world):
     """-> the part of a dict of input path -> result path that one of several processes does: the next largest file goes
     to the one with the least to do."""
-    loads, mine = [0] * world, {}
-    for path in sorted(outputs, key=lambda path: (-path.stat().st_size if path.exists() else 0, path)):
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in outputs}
+    loads, mine = [0] * world, set()
+    for path in sorted(outputs, key=lambda path: (-sizes[path], path)):
         least = loads.index(min(loads))
-        loads[least] += path.stat().st_size if path.exists() else 0
+        loads[least] += sizes[path]
         if least == rank:
-            mine[path] = outputs[path]
+            mine.add(path)
     return {path: output for path, output in outputs.items() if path in mine}
 
 
