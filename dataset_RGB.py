@@ -3,7 +3,9 @@
 python dataset_RGB.py Datasets/Rain200L        says what a data set holds and what is wrong with it
 """
 
+import atexit
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -286,6 +288,16 @@ def quiet_worker(_):
     saves, and they end with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """multiprocessing would end workers that are still there with the SIGTERM that they ignore, and wait for them."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would report their end as a failure
+        for worker in workers:
+            worker.kill()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -261,3 +263,19 @@ def test_a_broken_picture_in_a_worker_is_named(pairs_folder):
         list(DataLoader(patches, num_workers=1, worker_init_fn=quiet_worker))
     message = sentence(caught.value)
     assert message.startswith(str(pairs_folder / "input" / "3.png") + " cannot be read") and "\n" not in message
+
+
+def test_a_process_ends_though_its_workers_leave_sigterm_to_it(pairs_folder):
+    """Also where a failed iteration, kept by its traceback, still has a worker at the end."""
+    (pairs_folder / "input" / "3.png").write_bytes(b"broken")
+    script = f"""
+from torch.utils.data import DataLoader
+from dataset_RGB import TrainingPatches, find_pairs, quiet_worker
+patches = TrainingPatches(find_pairs({str(pairs_folder)!r}), 32, seed=0)
+try:
+    list(DataLoader(patches, num_workers=1, worker_init_fn=quiet_worker))
+except Exception as error:
+    kept = error
+"""
+    run = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
