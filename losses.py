@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import Points
+
 
 def charbonnier(x, y, eps=1e-3):
     """Mean of √((x − y)² + ε²): a smooth L1 distance."""
@@ -80,12 +82,20 @@ class DerainLoss(nn.Module):
         with torch.autocast(target.device.type, enabled=False):
             targets = self.pyramid(target.float())
             scales = [(output.float(), clean) for output, clean in zip(outputs, targets) if output is not None]
-            renderings = [output.float() for output in (outputs[3], outputs[5]) if output is not None]
-            clean_of = {clean.shape: clean for clean in targets}  # coordinate renderings have the next scale's size
+            renderings = [(outputs[3], targets[:2]), (outputs[5], targets[1:])]
+            renderings = [self.beside_clean(*pair) for pair in renderings if pair[0] is not None]
             losses = {
                 "charbonnier": sum(charbonnier(x, y) for x, y in scales),
                 "fft": sum(fft_distance(x, y) for x, y in scales),
                 "edge": sum(self.edge_distance(x, y) for x, y in scales),
-                "l1": sum((F.l1_loss(x, clean_of[x.shape]) for x in renderings), torch.zeros_like(target[0, 0, 0, 0])),
+                "l1": sum((F.l1_loss(x, clean) for x, clean in renderings), torch.zeros_like(target[0, 0, 0, 0])),
             }
             return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}
+
+    @staticmethod
+    def beside_clean(rendering, targets):
+        """A rendering, float32, and what it should be: targets are the clean image at the next scale, which coordinate
+        heads render, and at the head's own."""
+        if isinstance(rendering, Points):
+            return rendering.colours.float(), rendering.colours_of(targets[0])
+        return rendering.float(), next(clean for clean in targets if clean.shape == rendering.shape)

@@ -13,6 +13,7 @@ Modules are registered under the names of the published code and in its order, s
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ UPS = {"small": "upsmall2mid", "mid": "upmid2max"}  # and of what enlarges a lat
 INRS = {  # kind of implicit neural representation -> scales that have a head
     "published": ("small", "mid"),
     "coordinate": ("small", "mid"),  # renders at the next scale's size, by coordinates (CoordinateINR)
+    "coordinate_random": ("small", "mid"),  # and is trained on its colours at random positions
     "none": (),
     "first": ("small",),  # the full-size scale gets nothing from the mid scale
     "no_encoding": ("small", "mid"),  # without periodic encoding
@@ -34,6 +36,19 @@ INRS = {  # kind of implicit neural representation -> scales that have a head
     "own_embedding": ("small", "mid", "max"),  # each scale's head adds to its own image, from an embedding of its own
 }
 FEEDBACKS = ("bfpu", "sum", "none")
+
+
+class Points(NamedTuple):
+    """Colours B×3×N of a picture at N positions in [-1, 1], N×2 as (row, column), c_i = -1 + (2i + 1)/n being the centre
+    of pixel i of n."""
+
+    colours: torch.Tensor
+    positions: torch.Tensor
+
+    def colours_of(self, image, mode="bilinear"):
+        """The colours B×3×N of another picture B×3×H×W at the same positions."""
+        grid = self.positions.flip(1).expand(len(image), 1, -1, 2)  # grid_sample takes (column, row)
+        return F.grid_sample(image, grid, mode, padding_mode="border", align_corners=False).squeeze(2)
 
 
 def resize(x, factor):
@@ -277,6 +292,15 @@ class Sum(nn.Module):
         return x + y
 
 
+class Stages(NamedTuple):
+    """What the way from coarse to fine leaves, each by scale."""
+
+    images: dict  # input images with what the coarser scale rendered
+    renderings: dict  # of the INR heads
+    enlarged: dict  # latents enlarged to the image's size, which heads read
+    first: dict  # latents and skips of the first pass
+
+
 class MultiscaleNet(nn.Module):
     """The whole network (Fig. 2): RGB in [0, 1], B×3×H×W with H and W multiples of 16 -> a list of seven tensors.
 
@@ -293,10 +317,20 @@ class MultiscaleNet(nn.Module):
         passes: over the images at 1/4, 1/2 and full size; the first may be 0.
         inr: one of INRS, see there.
         feedback: "bfpu", as published; "sum" adds two latents instead of fusing them; "none".
+        own_reduce: pass 3 of the full-size scale uses its own layer reduce_chan_level1_max3, not pass 2's.
+        antialias: the inputs at 1/2 and 1/4 size are means of 2×2 and 4×4 pixels instead of the first of them.
     """
 
     def __init__(
-        self, dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4), passes=(1, 2, 3), inr="published", feedback="bfpu"
+        self,
+        dim=48,
+        num_blocks=(2, 3, 3),
+        heads=(1, 2, 4),
+        passes=(1, 2, 3),
+        inr="published",
+        feedback="bfpu",
+        own_reduce=False,
+        antialias=False,
     ):
         super().__init__()
         if inr not in INRS or feedback not in FEEDBACKS or len(passes) != 3 or passes[0] < 0 or min(passes[1:]) < 1:
@@ -307,6 +341,7 @@ class MultiscaleNet(nn.Module):
         self.options = {
             **{"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)},
             **{"passes": tuple(passes), "inr": inr, "feedback": feedback},
+            **{"own_reduce": own_reduce, "antialias": antialias},
         }
         self.passes, self.inr = dict(zip(SCALES, passes)), inr
         prelu = nn.PReLU() if heads is None else None  # a single slope, shared by the whole network
@@ -346,7 +381,7 @@ class MultiscaleNet(nn.Module):
             for k in range(1, self.passes[scale]):
                 self.add_module(self.context_name(scale, k), conv3x3(dim, dim))
             if scale in rendering:
-                head = CoordinateINR if inr == "coordinate" else INR
+                head = CoordinateINR if inr.startswith("coordinate") else INR
                 head = head(dim, encoding=inr != "no_encoding", ensemble=inr != "no_ensemble")
                 self.add_module(HEADS[scale], head)
         for number, _ in enumerate(self.fused_passes() if feedback != "none" else (), 1):
@@ -360,7 +395,7 @@ class MultiscaleNet(nn.Module):
             if inr == "own_encoder":
                 own = nn.Sequential(*(build() for build in encoder.values()))
                 self.add_module(f"{HEADS[scale]}_encoder", own)
-        if self.passes["max"] >= 3:
+        if self.passes["max"] >= 3 and not own_reduce:
             # Stored in every checkpoint but never used (see decode): no gradient, or DistributedDataParallel waits.
             self.reduce_chan_level1_max3.requires_grad_(False)
 
@@ -396,16 +431,62 @@ class MultiscaleNet(nn.Module):
         x = torch.cat([self.part("up3_2", scale, k)(latent), skip2], dim=1)
         x = self.part("decoder_level2", scale, k)(self.part("reduce_chan_level2", scale, k)(x))
         x = torch.cat([self.part("up2_1", scale, k)(x), skip1], dim=1)
-        reducer = 2 if (scale, k) == ("max", 3) else k  # the published network uses pass 2's layer in pass 3, too
+        # The published network uses pass 2's layer in pass 3, too.
+        reducer = 2 if (scale, k) == ("max", 3) and not self.options["own_reduce"] else k
         return self.part("decoder_level1", scale, k)(self.part("reduce_chan_level1", scale, reducer)(x))
 
-    def render(self, scale, image, features):
-        """What the INR head of a scale makes of its image and features: B×3×h×w, by coordinates B×3×2h×2w."""
+    def inputs(self, x):
+        """The rainy image at each scale's size."""
+        factors = {"small": 4, "mid": 2, "max": 1}
+        reduce = F.avg_pool2d if self.options["antialias"] else lambda x, factor: resize(x, 1 / factor)
+        return {scale: x if factor == 1 else reduce(x, factor) for scale, factor in factors.items()}
+
+    def render(self, scale, image, features, size):
+        """What the INR head of a scale makes of its image and features, B×3×size; but for coordinate heads the size is
+        the image's."""
         head = getattr(self, HEADS[scale])
-        if self.inr == "coordinate":
-            image = resize(image, 2)
-            return head(features, tuple(image.shape[2:])) + image
+        if isinstance(head, CoordinateINR):
+            return head(features, size) + F.interpolate(image, size, mode="nearest")
         return head(features) + image
+
+    def render_points(self, scale, image, features, size):
+        """The same at as many random positions as a picture of that size has pixels -> Points."""
+        points = Points(None, torch.rand(size[0] * size[1], 2).to(image) * 2 - 1)
+        colours = getattr(self, HEADS[scale]).query(features, points.positions, (2 / size[0], 2 / size[1]))
+        return points._replace(colours=colours + points.colours_of(image, mode="nearest"))
+
+    def render_image(self, x, scale, size):
+        """What the coordinate head of a scale, "small" or "mid", renders for a rainy image, at any size (H, W)."""
+        stages = self.coarse_to_fine(self.inputs(x))
+        return self.render(scale, stages.images[scale], stages.enlarged[scale], size)
+
+    def coarse_to_fine(self, inputs):
+        """Each scale's first latent is rendered and added to the next scale's image -> Stages."""
+        stages, passed_on = Stages({}, {}, {}, {}), 0
+        for scale in (scale for scale in SCALES if self.passes[scale]):
+            image = inputs[scale] + passed_on
+            stages.images[scale] = image
+            size = tuple(image.shape[2:])
+            if self.inr == "own_embedding":
+                features = getattr(self, f"{HEADS[scale]}_embed")(image)
+                stages.renderings[scale] = image = self.render(scale, image, features, size)
+            embedded, passed_on = getattr(self, f"patch_embed_{scale}")(image), 0
+            stages.first[scale] = self.encode(embedded, scale, 1)
+            if self.inr == "own_embedding" or not hasattr(self, HEADS[scale]):
+                continue
+            own_encoder = getattr(self, f"{HEADS[scale]}_encoder", None)
+            latent = own_encoder(embedded) if own_encoder else stages.first[scale][0]
+            features = getattr(self, f"{UPS[scale]}2")(getattr(self, f"{UPS[scale]}1")(latent))
+            stages.enlarged[scale] = features
+            if self.inr.startswith("coordinate"):
+                size = (size[0] * 2, size[1] * 2)
+                passed_on = stages.renderings[scale] = self.render(scale, image, features, size)
+                if self.inr == "coordinate_random" and self.training:
+                    stages.renderings[scale] = self.render_points(scale, image, features, size)
+            else:
+                stages.renderings[scale] = self.render(scale, image, features, size)
+                passed_on = resize(stages.renderings[scale], 2)
+        return stages
 
     def all_passes(self, scale, first, finer):
         """The passes over a scale: its first latent and skips, and the latents of the finer scale's passes -> features
@@ -424,32 +505,17 @@ class MultiscaleNet(nn.Module):
     def forward(self, x):
         if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
             raise ValueError(f"height and width must be multiples of {MULTIPLE}, not {x.shape[-2]} and {x.shape[-1]}")
-        scales = [scale for scale in SCALES if self.passes[scale]]
-        inputs = {"small": resize(x, 0.25), "mid": resize(x, 0.5), "max": x}
-
-        # Coarse to fine: each scale's first latent is rendered and added to the next scale's image.
-        images, renderings, first, passed_on = {}, {}, {}, 0
-        for scale in scales:
-            images[scale] = image = inputs[scale] + passed_on
-            if self.inr == "own_embedding":
-                renderings[scale] = image = self.render(scale, image, getattr(self, f"{HEADS[scale]}_embed")(image))
-            embedded, passed_on = getattr(self, f"patch_embed_{scale}")(image), 0
-            first[scale] = self.encode(embedded, scale, 1)
-            if self.inr != "own_embedding" and hasattr(self, HEADS[scale]):
-                own_encoder = getattr(self, f"{HEADS[scale]}_encoder", None)
-                latent = own_encoder(embedded) if own_encoder else first[scale][0]
-                enlarged = getattr(self, f"{UPS[scale]}2")(getattr(self, f"{UPS[scale]}1")(latent))
-                renderings[scale] = self.render(scale, image, enlarged)
-                passed_on = renderings[scale] if self.inr == "coordinate" else resize(renderings[scale], 2)
+        inputs = self.inputs(x)
+        images, renderings, _, first = self.coarse_to_fine(inputs)
 
         # Fine to coarse: latents of two neighbouring passes are fused and fed back to the coarser scale.
         features, latents = {}, ()
-        for scale in reversed(scales):
+        for scale in reversed(first):
             features[scale], latents = self.all_passes(scale, first[scale], latents)
 
         # Coarse to fine again: decoded features are handed up, and each scale predicts its residual.
         results, handed_up = {}, 0
-        for scale in scales:
+        for scale in first:
             decoded = features[scale] + handed_up
             results[scale] = getattr(self, f"output_{scale}")(decoded) + inputs[scale]
             handed_up = resize(decoded, 2)
@@ -475,14 +541,14 @@ def checkpoint_activations(net):
 
 def nerd_rain(**options):
     """NeRD-Rain: 22,893,146 parameters. Options are those of MultiscaleNet."""
-    return MultiscaleNet(dim=48, **options)
+    return MultiscaleNet(**{"dim": 48} | options)
 
 
 def nerd_rain_s(**options):
     """NeRD-Rain-S: 10,530,314 parameters."""
-    return MultiscaleNet(dim=32, **options)
+    return MultiscaleNet(**{"dim": 32} | options)
 
 
 def nerd_rain_mprnet(**options):
     """NeRD-Rain-MPRNet (Table 6): 22,983,411 parameters."""
-    return MultiscaleNet(dim=48, num_blocks=(1, 1, 1), heads=None, **options)
+    return MultiscaleNet(**{"dim": 48, "num_blocks": (1, 1, 1), "heads": None} | options)

@@ -60,7 +60,18 @@ WARMUP_EPOCHS = 3
 MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
+OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
 TRAIN_DIR = "Datasets/Rain200L/train"
+ABLATIONS = {  # of the paper (its tables 4 to 6), and what lies beyond it -> arguments
+    "published": {},
+    **{f"passes_{'_'.join(map(str, passes))}": {"passes": passes} for passes in ((3, 2, 1), (2, 2, 2), (0, 2, 3))},
+    **{f"inr_{kind}": {"inr": kind} for kind in model.INRS if kind != "published"},
+    **{f"feedback_{kind}": {"feedback": kind} for kind in model.FEEDBACKS if kind != "bfpu"},
+    "mprnet": {"model": "nerd_rain_mprnet"},
+    **{name: {name: True} for name in ("own_reduce", "antialias", "no_zero_epoch")},
+    "loss_guard": {"loss_guard": 2.0},
+}
+GUARD_MEMORY = 0.99  # of the running mean of the losses
 PANELS = 4  # validation pictures shown in TensorBoard
 warnings.filterwarnings("ignore", "To get the last learning rate")  # how warmup-scheduler asks for it
 
@@ -83,9 +94,25 @@ def parse_args(argv=None):
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
     add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
     add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
-    add("passes", nargs=3, type=int, metavar="N", help="ablation: passes over 1/4, 1/2 and full size (default: 1 2 3)")
-    add("inr", choices=model.INRS, help="ablation: implicit neural representation (default: published)")
-    add("feedback", choices=model.FEEDBACKS, help="ablation: from finer to coarser scales (default: bfpu)")
+    names = ", ".join(ABLATIONS)
+    add("ablation", choices=ABLATIONS, help=f"preset of session and of the options after it: {names}", metavar="NAME")
+    add("dim", type=int, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")
+    add(
+        "num_blocks", nargs=3, type=int, metavar="N", help="blocks at full, 1/2 and 1/4 size of a pass (default: 2 3 3)"
+    )
+    add(
+        "passes",
+        nargs=3,
+        type=int,
+        metavar="N",
+        help="passes over the images at 1/4, 1/2 and full size (default: 1 2 3)",
+    )
+    add("inr", choices=model.INRS, help="implicit neural representation (default: published)")
+    add("feedback", choices=model.FEEDBACKS, help="from finer to coarser scales (default: bfpu)")
+    add("own_reduce", False, "pass 3 has a layer of its own that is pass 2's as published", action="store_true")
+    add("antialias", False, "reduces the input by means instead of leaving pixels out", action="store_true")
+    add("no_zero_epoch", False, "leaves away the warm-up's first epoch, which has rate 0", action="store_true")
+    add("loss_guard", type=float, metavar="N", help="weaken batches whose loss is above N times its running mean")
     add("pretrain_weights", help="checkpoint whose weights, averaged ones if it has them, training starts from")
     add("model_save_dir", "checkpoints", "where checkpoints go")
     add("mode", "Deraininig", "part of the checkpoints' path, spelt as in the published code")
@@ -103,12 +130,15 @@ def parse_args(argv=None):
     add("accumulate", 1, "batches per optimizer step", metavar="N")
     add("clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
     add("ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
-    preset = parser.parse_known_args(argv)[0].dataset
+    known = parser.parse_known_args(argv)[0]
+    preset = known.dataset
     if preset:
         recipe, folder = DATASETS[preset], Path("Datasets", preset)
         parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset)
         for name in ("num_epochs", "patch_size", "batch_size", "lr", "clip_grad", "ema"):
             parser.set_defaults(**{name: getattr(recipe, name)})
+    if known.ablation:
+        parser.set_defaults(session=f"ablation/{known.ablation}/{known.seed}", **ABLATIONS[known.ablation])
     args = parser.parse_args(argv)
     if not args.train_dir and not args.clean_dir:
         args.train_dir = TRAIN_DIR
@@ -120,7 +150,7 @@ def parse_args(argv=None):
     for name in ("hold_out", "ema"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} must lie between 0 and 1")
-    for name in ("lr", "clip_grad"):
+    for name in ("lr", "clip_grad", "loss_guard"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be above 0")
     for name in ("seed", "num_workers"):
@@ -161,13 +191,13 @@ def changed_arguments(arguments, record):
 def make_network(args, path, checkpoint):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
     source = path if checkpoint else args.pretrain_weights
-    ablation = {name: getattr(args, name) for name in ("passes", "inr", "feedback") if getattr(args, name)}
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name)}
     build = getattr(model, args.model or (DATASETS[args.dataset].model if args.dataset else "nerd_rain"))
     if not source:
-        return build(**ablation)
+        return build(**options)
     net = build_network({**checkpoint, "ema": None}, source) if checkpoint else load_network(source)
     with torch.device("meta"):
-        wanted = build(**ablation) if args.model else model.MultiscaleNet(**{**net.options, **ablation})
+        wanted = build(**options) if args.model else model.MultiscaleNet(**{**net.options, **options})
     if net.options != wanted.options:
         raise UserError(
             f"{source} holds {network_name(net)}, but {network_name(wanted)} was asked for: change that or --session."
@@ -175,13 +205,14 @@ def make_network(args, path, checkpoint):
     return net
 
 
-def make_schedule(optimizer, num_epochs, epochs_done):
+def make_schedule(optimizer, num_epochs, epochs_done, no_zero_epoch=False):
     """Linear warm-up, then a cosine down to MIN_LR, stepped once after each epoch. As published, the first epoch runs
     at rate 0, and the cosine is divided by its second value: the rate is --lr in epochs 4 and 6, above it in epoch 5.
+    `no_zero_epoch` leaves the epoch at rate 0 away.
 
     The published code gets this from CosineAnnealingLR, whose rates differ between PyTorch releases.
     """
-    half_period, low = max(2, num_epochs - WARMUP_EPOCHS), MIN_LR / optimizer.defaults["lr"]
+    half_period, low = max(2, num_epochs + no_zero_epoch - WARMUP_EPOCHS), MIN_LR / optimizer.defaults["lr"]
 
     def cosine(epoch):
         return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
@@ -190,7 +221,7 @@ def make_schedule(optimizer, num_epochs, epochs_done):
         warnings.simplefilter("ignore")  # steps without an optimizer step in between: those were taken before
         after = LambdaLR(optimizer, cosine)
         schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=after)
-        for _ in range(epochs_done):
+        for _ in range(epochs_done + no_zero_epoch):
             schedule.step()
     return schedule
 
@@ -243,8 +274,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
         self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
         self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of their losses
+        self.usual_loss = None  # running mean, for --loss_guard
         self.best_psnr, self.best_epoch = -math.inf, 0
-        self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0))
+        self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0), args.no_zero_epoch)
         if checkpoint:
             self.restore(checkpoint, source)
         if not equal_over_processes(self.steps_done(), self.device):
@@ -299,6 +331,7 @@ class Trainer:
             raise UserError(f"{source} holds weights only: move it away and name it with --pretrain_weights.")
         self.epoch, self.step = checkpoint["epoch"], checkpoint.get("pictures", 0) // self.args.batch_size
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
+        self.usual_loss = checkpoint.get("usual_loss")
         if self.step:
             self.sums = checkpoint["sums"].to(self.device) / self.world
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -329,6 +362,7 @@ class Trainer:
                 best_psnr=self.best_psnr,
                 best_epoch=self.best_epoch,
                 sums=sums,
+                usual_loss=self.usual_loss,
                 random_state=torch.get_rng_state(),
                 **({"ema": self.ema.module.state_dict()} if self.ema else {}),
             )
@@ -407,6 +441,8 @@ class Trainer:
             losses = self.loss(outputs, clean)
             values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
             self.stop_if_not_finite(values, batch["name"])
+            if args.loss_guard:
+                weight = weight * self.guard(sum_over_processes(values[-1] * weight).item() / self.world)
             (losses["total"] * weight / group).backward()
         if update:
             if args.clip_grad:
@@ -416,6 +452,13 @@ class Trainer:
             if self.ema:
                 self.ema.update_parameters(self.net)
         return values
+
+    def guard(self, loss):
+        """-> the weight of a batch with this loss, below 1 where that is far above the usual."""
+        limit = self.args.loss_guard * self.usual_loss if self.usual_loss else loss
+        loss, weight = min(loss, limit), min(1, limit / loss)
+        self.usual_loss = loss + GUARD_MEMORY * ((self.usual_loss or loss) - loss)
+        return weight
 
     def stop_if_diverged(self, finite):
         if not finite:

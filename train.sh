@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains on one data set:  bash train.sh [Rain200L|Rain200H|DID-Data|DDN-Data|SPA-Data|demo] [options of train.py]
+# An ablation:             bash train.sh ablation NAME [options], see train.py --help
 # On several GPUs:         GPUS=4 bash train.sh Rain200L --batch_size 4
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -11,7 +12,12 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     dataset=$1
     shift
 fi
-if [ "${GPUS:-1}" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node "$GPUS" train.py --dataset "$dataset" "$@"
+if [ "$dataset" = ablation ]; then
+    set -- --dataset Rain200L --ablation "$@"
+else
+    set -- --dataset "$dataset" "$@"
 fi
-exec python train.py --dataset "$dataset" "$@"
+if [ "${GPUS:-1}" -gt 1 ]; then
+    exec torchrun --standalone --nproc_per_node "$GPUS" train.py "$@"
+fi
+exec python train.py "$@"

@@ -21,7 +21,9 @@ PUBLISHED = {
     (32, (2, 3, 3), (1, 2, 4)): "NeRD-Rain-S",
     (48, (1, 1, 1), None): "NeRD-Rain-MPRNet",
 }
-DEFAULTS = {"passes": (1, 2, 3), "inr": "published", "feedback": "bfpu"}  # what ablations change
+DEFAULTS = {  # what ablations change
+    **{"passes": (1, 2, 3), "inr": "published", "feedback": "bfpu", "own_reduce": False, "antialias": False},
+}
 
 
 def save_checkpoint(path, previous=None, **content):
