@@ -39,8 +39,8 @@ FEEDBACKS = ("bfpu", "sum", "none")
 
 
 class Points(NamedTuple):
-    """Colours B×3×N of a picture at N positions in [-1, 1], N×2 as (row, column), c_i = -1 + (2i + 1)/n being the centre
-    of pixel i of n."""
+    """Colours B×3×N of a picture at N positions, N×2 as (row, column) in [-1, 1]: pixel i of n has its centre at
+    c_i = -1 + (2i + 1)/n."""
 
     colours: torch.Tensor
     positions: torch.Tensor

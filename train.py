@@ -97,15 +97,13 @@ def parse_args(argv=None):
     names = ", ".join(ABLATIONS)
     add("ablation", choices=ABLATIONS, help=f"preset of session and of the options after it: {names}", metavar="NAME")
     add("dim", type=int, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")
-    add(
-        "num_blocks", nargs=3, type=int, metavar="N", help="blocks at full, 1/2 and 1/4 size of a pass (default: 2 3 3)"
-    )
+    add("num_blocks", nargs=3, type=int, metavar="N", help="its blocks at level 1, 2 and the latent (default: 2 3 3)")
     add(
         "passes",
         nargs=3,
         type=int,
         metavar="N",
-        help="passes over the images at 1/4, 1/2 and full size (default: 1 2 3)",
+        help="passes over 1/4, 1/2 and full size (default: 1 2 3)",
     )
     add("inr", choices=model.INRS, help="implicit neural representation (default: published)")
     add("feedback", choices=model.FEEDBACKS, help="from finer to coarser scales (default: bfpu)")

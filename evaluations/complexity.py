@@ -43,6 +43,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
+def size_of(derain, picture):
+    """-> the number of parameters of a Derainer's network, and of multiply-adds for a picture H×W×3."""
+    with FlopCounterMode(display=False) as counter:
+        derain(picture)
+    return sum(parameter.numel() for parameter in derain.net.parameters()), counter.get_total_flops() // 2
+
+
 def measure(network, height, width, gpus, repeats):
     """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
     device = choose_device(gpus)
@@ -52,8 +59,7 @@ def measure(network, height, width, gpus, repeats):
     weights = peak_memory(device)
     derain(picture)  # warms up, before anything else can raise the peak
     memory = peak_memory(device) - weights
-    with FlopCounterMode(display=False) as counter:
-        derain(picture)
+    parameters, multiply_adds = size_of(derain, picture)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -61,8 +67,8 @@ def measure(network, height, width, gpus, repeats):
         seconds.append(time.perf_counter() - start)
     return {
         "network": network_name(net),
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
+        "parameters": parameters,
+        "multiply_adds": multiply_adds,
         "seconds": statistics.median(seconds),
         "memory_mib": memory,
     }
