@@ -1,0 +1,80 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import export
+from model import MultiscaleNet
+from tests.conftest import make_pairs
+from tests.test_train_script import ROOT
+from utils.checkpoint import save_checkpoint
+from utils.images import read_image, write_png
+from utils.inference import Derainer
+
+pytest.importorskip("onnxscript", reason="the exporter is not installed: pip install -r requirements-extras.txt")
+onnxruntime = pytest.importorskip("onnxruntime", reason="it is not installed: pip install -r requirements-extras.txt")
+
+
+@pytest.fixture(scope="module")
+def small_net():
+    """Two scales of one pass: the exporter needs minutes for the whole network."""
+    torch.manual_seed(0)
+    return MultiscaleNet(8, (1, 1, 1), passes=(0, 1, 1), inr="first")
+
+
+@pytest.fixture(scope="module")
+def weights(small_net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    save_checkpoint(path, state_dict=small_net.state_dict(), options=small_net.options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(weights, tmp_path_factory):
+    """The command's files, in float32 for any size and in float16."""
+    folder = tmp_path_factory.mktemp("onnx")
+    pictures = str(make_pairs(folder / "pairs", count=2, size=(40, 300)) / "input")
+    for name, options in (("any.onnx", []), ("half.onnx", ["--float16", "--size", "48", "64"])):
+        export.main(["--weights", str(weights), "--output", str(folder / name), "--pictures", pictures, *options])
+    return folder
+
+
+def test_exported_networks_give_the_same_pictures(exported, small_net):
+    session = onnxruntime.InferenceSession(exported / "any.onnx")
+    half = onnxruntime.InferenceSession(exported / "half.onnx")
+    for shape in ((1, 3, 16, 16), (3, 3, 64, 32), (1, 3, 48, 64)):
+        x = torch.rand(shape)
+        with torch.inference_mode():
+            expected = small_net(x)[0].numpy()
+        np.testing.assert_allclose(session.run(None, {"rainy": x.numpy()})[0], expected, rtol=0, atol=1e-5)
+    difference = np.abs(half.run(None, {"rainy": x.numpy()})[0] - expected).max()
+    assert 1e-6 < difference < export.LIMITS["float16"]
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        half.run(None, {"rainy": np.zeros((1, 3, 64, 64), np.float32)})
+    assert (exported / "half.onnx").stat().st_size < (exported / "any.onnx").stat().st_size
+    assert [output.name for output in session.get_outputs()] == ["derained"]
+
+
+def test_the_example_derains_a_picture(exported, small_net, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    write_png(tmp_path / "rainy.png", picture)
+    command = ["docs/onnx_example.py", exported / "any.onnx", tmp_path / "rainy.png", tmp_path / "derained.png"]
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    result, expected = read_image(tmp_path / "derained.png").astype(int), Derainer(small_net, "whole")(picture)
+    assert result.shape == expected.shape and np.abs(result - expected).max() <= 1
+
+
+def test_an_export_that_differs_fails(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LIMITS", {"float32": 0})
+    pictures = str(make_pairs(tmp_path, count=1, size=(16, 16)) / "input")
+    options = ["--weights", str(weights), "--output", str(tmp_path / "a.onnx"), "--size", "16", "16"]
+    with pytest.raises(SystemExit, match=r"a\.onnx differs from PyTorch by"):
+        export.main([*options, "--pictures", pictures])
+
+
+def test_what_is_missing_is_named(monkeypatch, weights):
+    monkeypatch.setattr(export, "onnx", None)
+    with pytest.raises(SystemExit, match=r"onnxruntime: pip install -r requirements-extras\.txt"):
+        export.main(["--weights", str(weights)])
