@@ -22,39 +22,15 @@ from dataset_RGB import DATASETS, how_to_get
 from evaluations import figure
 from evaluations.evaluate import count_problem, measure_pairs, of_expected, pair_results
 from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
-from utils import download
-from utils.checkpoint import load_network, network_name
 from utils.devices import choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv, write_text
 from utils.formats import write_picture
 from utils.images import find_pictures, holds_pictures
 from utils.inference import Derainer
+from utils.weights import RELEASED, load_released
 
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
-
-
-def load_released(model, dataset, args):
-    """The network with the released weights for a data set, which are fetched if they are not there."""
-    path = args.checkpoints_dir / model / f"{dataset}.pth"
-    released = next(r for r in read_facts("released_weights.csv") if (r["model"], r["dataset"]) == (model, dataset))
-    try:
-        if not path.exists():
-            source = download.GOOGLE_DRIVE + released["google_drive_file_id"]
-            if args.mirror:
-                source = f"{args.mirror.rstrip('/')}/{model}/{dataset}.pth"
-            print(f"{model} on {dataset}: fetching its weights from {source}")
-            download.fetch_network(source, path, model)
-        net = load_network(path)
-        if network_name(net) != model:
-            raise UserError(f"{path} holds {network_name(net)}, not {model}.")
-    except UserError as error:
-        raise UserError(
-            f"{model} on {dataset} needs its weights. {sentence(error)} Download them from\n"
-            f"  https://drive.google.com/file/d/{released['google_drive_file_id']}/view or\n"
-            f"  {released['baidu_url']} (code {released['baidu_code']})\nand put them at {path}"
-        ) from error
-    return net
 
 
 def derain_test_set(model, dataset, device, args):
@@ -68,7 +44,11 @@ def derain_test_set(model, dataset, device, args):
     paths, root = find_pictures(source)
     if results >= len(paths):
         return
-    net = load_released(model, dataset, args).to(device, memory_format=torch.channels_last).eval()
+    net = (
+        load_released(model, dataset, args.checkpoints_dir, args.mirror)
+        .to(device, memory_format=torch.channels_last)
+        .eval()
+    )
     outputs = {path: (output_dir / path.relative_to(root)).with_suffix(".png") for path in paths}
     outputs = {path: output for path, output in outputs.items() if not output.exists()}
     results = Derainer(net, mode="window").files(outputs, lambda path, _, result: write_picture(outputs[path], result))
@@ -150,7 +130,7 @@ def parse_args(argv=None):
     add(
         "--checkpoints_dir",
         type=Path,
-        default=Path("checkpoints/released"),
+        default=RELEASED,
         help="<model>/<set>.pth (default: %(default)s)",
     )
     add("--mirror", help="folder or URL with <model>/<set>.pth, instead of Google Drive")

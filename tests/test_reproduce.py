@@ -14,7 +14,7 @@ from evaluations import figure, reproduce
 from evaluations.metrics import psnr_ssim
 from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
 from tests.conftest import make_pairs
-from utils import checkpoint
+from utils import checkpoint, download
 from utils.checkpoint import load_network
 from utils.formats import write_picture
 from utils.images import read_image, write_png
@@ -181,7 +181,7 @@ def test_incomplete_results_are_counted_and_listed(toy):
 
 def test_google_drive_is_asked_without_a_mirror(toy, monkeypatch):
     asked = []
-    monkeypatch.setattr(reproduce.download, "download", lambda url, path: asked.append(url))
+    monkeypatch.setattr(download, "download", lambda url, path: asked.append(url))
     arguments = [
         "--data_dir",
         str(toy / "Datasets"),

@@ -1,0 +1,42 @@
+"""Entry points of torch.hub: the three networks, with or without weights, and `derain`.
+
+torch.hub.load("path/of/this/repository", "nerd_rain_s", source="local", pretrained=True)
+
+`pretrained` is False for random weights, True for this repository's own (NeRD-Rain-S has some), or the name of the data
+set for which the authors released weights, which are fetched: "Rain200L", "Rain200H", "DID-Data", "DDN-Data" or
+"SPA-Data". Networks with weights are in evaluation mode; those without take the options of model.MultiscaleNet.
+"""
+
+from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.errors import UserError
+from utils.weights import NETWORKS, load_released
+
+dependencies = ["cv2", "numpy", "PIL", "tifffile", "torch", "torchvision", "tqdm"]
+
+
+def build(name, pretrained, options):
+    if not pretrained:
+        return NETWORKS[name](**options)
+    if options:
+        raise UserError(f"weights fit the published networks only: leave {', '.join(options)} away.")
+    if pretrained is not True:
+        return load_released(name, pretrained).eval()
+    if name != "NeRD-Rain-S":
+        raise UserError(f"this repository has no weights of {name} of its own: say pretrained='Rain200L'.")
+    return load_network(OWN_WEIGHTS).eval()
+
+
+def nerd_rain(pretrained=False, **options):
+    """NeRD-Rain: 22,893,146 parameters."""
+    return build("NeRD-Rain", pretrained, options)
+
+
+def nerd_rain_s(pretrained=False, **options):
+    """NeRD-Rain-S: 10,530,314 parameters."""
+    return build("NeRD-Rain-S", pretrained, options)
+
+
+def nerd_rain_mprnet(pretrained=False, **options):
+    """NeRD-Rain-MPRNet: 22,983,411 parameters. The authors' weights are of a data set that they do not name:
+    pretrained="unstated"."""
+    return build("NeRD-Rain-MPRNet", pretrained, options)
