@@ -5,7 +5,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from utils.errors import UserError
-from utils.formats import KEEPABLE, UPRIGHT, Picture, read_picture, write_picture
+from utils.formats import KEEPABLE, UPRIGHT, Picture, png_chunk, read_picture, write_picture
 
 RNG = np.random.default_rng(0)
 COLOUR = np.stack([*np.mgrid[:240:10, :200:10], np.full((24, 20), 90)], axis=2).astype(np.uint8)
@@ -89,11 +89,117 @@ def test_16_bit_files_of_other_programs_are_read(tmp_path):
     colour, grey = noise(10, 12, 3), noise(10, 12)
     cv2.imwrite(str(tmp_path / "a.png"), colour[..., ::-1])
     tifffile.imwrite(tmp_path / "a.tif", colour, photometric="rgb")
+    (tmp_path / "a.ppm").write_bytes(b"P6\n12 10\n65535\n" + colour.astype(">u2").tobytes())
+    (tmp_path / "b.ppm").write_text(f"P3\n12 10\n65535\n{' '.join(map(str, colour.ravel()))}\n")
     cv2.imwrite(str(tmp_path / "g.png"), grey)
-    for name in ("a.png", "a.tif"):
-        assert np.array_equal(read_picture(tmp_path / name).pixels, colour)
-    picture = read_picture(tmp_path / "g.png")
-    assert picture.grey and np.array_equal(picture.pixels[..., 1], grey)
+    (tmp_path / "g.pgm").write_bytes(b"P5\n12 10\n65535\n" + grey.astype(">u2").tobytes())
+    for name in ("a.png", "a.tif", "a.ppm", "b.ppm"):
+        assert np.array_equal(read_picture(tmp_path / name).pixels, colour), name
+    for name in ("g.png", "g.pgm"):
+        picture = read_picture(tmp_path / name)
+        assert picture.grey and np.array_equal(picture.pixels[..., 1], grey), name
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_jpeg_2000_of_more_than_8_bits_is_read(tmp_path, channels, bits):
+    pixels = noise(80, 90, channels) >> (16 - bits)
+    written = pixels[..., [2, 1, 0, 3][:channels]] if channels > 1 else pixels
+    written = written + np.uint16(2**15 - 2 ** (bits - 1))  # fewer bits around the same middle have the same code
+    content = bytearray(cv2.imencode(".jp2", written, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])[1].tobytes())
+    start = content.index(b"\xff\x4f\xff\x51") + 42
+    content[start : start + 3 * channels : 3] = bytes([bits - 1] * channels)
+    (tmp_path / "a.jp2").write_bytes(content)
+    picture = read_picture(tmp_path / "a.jp2")
+    assert picture.pixels.dtype == np.uint16 and picture.grey == (channels == 1)
+    expected = pixels * (65535 / (2**bits - 1))
+    assert np.abs(picture.pixels - expected[..., :3]).max() < 2 ** (16 - bits)  # Pillow shifts grey
+    assert channels < 4 or np.abs(picture.alpha - expected[..., 3]).max() < 1
+
+
+def test_white_of_a_ppm_file_stays_white(tmp_path):
+    colour = noise(10, 12, 3) % 1024
+    (tmp_path / "a.ppm").write_bytes(b"P6 12 10 1023\n" + colour.astype(">u2").tobytes())
+    assert np.abs(read_picture(tmp_path / "a.ppm").pixels - colour * (65535 / 1023)).max() <= 0.5
+
+
+def write_tiff(path, pixels, apart=False, **options):
+    """H×W×1 to 4, with its channels together or apart."""
+    options = {"photometric": "rgb" if pixels.shape[2] > 2 else "minisblack", "metadata": None, **options}
+    if apart:
+        tifffile.imwrite(path, np.moveaxis(pixels, 2, 0).copy(), planarconfig="separate", **options)
+    else:
+        tifffile.imwrite(path, pixels, planarconfig="contig", **options)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("channels, extra", [(2, [2]), (3, []), (4, [2])])
+def test_16_bit_tiff_of_all_layouts_is_read(tmp_path, channels, extra, apart, compression):
+    pixels = noise(10, 12, channels)
+    turned = [(274, "H", 1, 6, True)]
+    write_tiff(tmp_path / "a.tif", pixels, apart, extrasamples=extra, compression=compression, extratags=turned)
+    picture, pixels = read_picture(tmp_path / "a.tif"), np.rot90(pixels, -1)
+    assert picture.pixels.dtype == np.uint16 and picture.grey == (channels == 2)
+    assert np.array_equal(picture.pixels, pixels[..., :3] if channels > 2 else pixels[..., :1].repeat(3, axis=2))
+    assert picture.alpha is None if channels == 3 else np.array_equal(picture.alpha, pixels[..., -1])
+
+
+def test_metadata_of_16_bit_grey_with_alpha_are_kept(tmp_path):
+    tags = [(0x010F, "s", 0, "Camera", True), (700, "B", len(XMP), XMP, True)]
+    write_tiff(tmp_path / "a.tif", noise(9, 8, 2), extrasamples=[2], iccprofile=PROFILE, extratags=tags)
+    metadata = read_picture(tmp_path / "a.tif").metadata
+    assert metadata["icc_profile"] == PROFILE and metadata["xmp"] == XMP and b"Camera" in metadata["exif"]
+
+
+def test_further_channels_are_what_they_say(tmp_path):
+    colour, alpha = noise(10, 12, 3), noise(10, 12, 1) // 2 + 30_000
+    write_tiff(tmp_path / "a.tif", np.dstack([colour, alpha]), extrasamples=[0])
+    assert read_picture(tmp_path / "a.tif").alpha is None
+    for channels in (colour, colour[..., :1]):
+        multiplied = np.round(channels * (alpha / 65535)).astype(np.uint16)
+        write_tiff(tmp_path / "a.tif", np.dstack([multiplied, alpha]), extrasamples=[1])
+        picture = read_picture(tmp_path / "a.tif")
+        assert np.abs(picture.pixels - channels.astype(int)).max() <= 2 and np.array_equal(picture.alpha, alpha[..., 0])
+
+
+def test_where_no_library_reads_16_bits_the_upper_8_are_kept(tmp_path, monkeypatch, caplog):
+    pixels = noise(10, 12, 3)
+    write_tiff(tmp_path / "a.tif", pixels, apart=True, compression="zlib")
+
+    def lacking(page):
+        raise ValueError("requires another package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lacking)
+    with caplog.at_level("INFO"):
+        assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels >> 8)
+    assert "a.tif: only the upper 8 of its bits were kept" in caplog.text
+    write_tiff(tmp_path / "a.tif", pixels, apart=True)  # which Pillow would misread
+    with pytest.raises(UserError, match="requires another package"):
+        read_picture(tmp_path / "a.tif")
+
+
+def test_tiff_of_rare_kinds_is_refused(tmp_path, monkeypatch):
+    write_tiff(tmp_path / "a.tif", noise(9, 8, 5).astype(np.float16), extrasamples=[0, 0])
+    with pytest.raises(UserError, match=r"a.tif .*of a rare kind; save it as RGB"):
+        read_picture(tmp_path / "a.tif")
+    write_tiff(tmp_path / "a.tif", noise(90, 80, 2), extrasamples=[2])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"a.tif .*too large for its kind"):
+        read_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_colours_of_16_bits_become_alpha(tmp_path, channels):
+    pixels = noise(10, 12, channels)
+    content = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+    chunk = png_chunk(b"tRNS", pixels[3, 4].astype(">u2").tobytes())
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    picture = read_picture(tmp_path / "a.png")
+    assert np.array_equal(picture.pixels, np.broadcast_to(pixels, (10, 12, 3)))
+    assert (
+        np.array_equal(picture.alpha, 65535 * (pixels != pixels[3, 4]).any(axis=2)) and picture.alpha.dtype == np.uint16
+    )
 
 
 def test_transparent_colours_and_palettes_become_alpha(tmp_path, caplog):

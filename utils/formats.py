@@ -1,6 +1,7 @@
 """Picture files of all kinds, read and written so that a result has what its original had: bits, grey, transparency,
 colour profile and metadata."""
 
+import contextlib
 import io
 import logging
 import struct
@@ -11,9 +12,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from utils.deep import UPRIGHT, read_deep, read_page, white_of
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -26,16 +28,6 @@ TIFF_TAGS = (  # of those in the file's first directory
     *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
     *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
 )
-UPRIGHT = {  # EXIF orientation -> how to turn the pixels
-    1: lambda pixels: pixels,
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
-    8: lambda pixels: np.rot90(pixels, 1),
-}
 logger = logging.getLogger(__name__)
 
 
@@ -66,15 +58,6 @@ def tiff_exif(exif):
     return kept.tobytes() if len(kept) else None
 
 
-def read_deep(path, orientation):
-    """16-bit colour, which Pillow reduces to 8 bits -> H×W×channels uint16, or None if OpenCV cannot read it either."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
-        return None
-    order = cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
-    return UPRIGHT.get(orientation, UPRIGHT[1])(cv2.cvtColor(pixels, order))
-
-
 def deep_grey(picture):
     """Grey of more than 8 bits -> H×W uint16."""
     grey = np.asarray(picture)
@@ -92,50 +75,83 @@ def to_srgb(picture):
         return picture.convert("RGB")
 
 
+def from_channels(pixels, metadata):
+    """H×W×1 to 4 channels, grey or RGB, without or with alpha -> Picture."""
+    colours, alpha = (pixels, None) if pixels.shape[2] % 2 else (pixels[..., :-1], pixels[..., -1].copy())
+    grey = colours.shape[2] == 1
+    colours = colours.repeat(3, axis=2) if grey else np.ascontiguousarray(colours)
+    return Picture(colours, grey, alpha, {name: metadata[name] for name in METADATA if metadata.get(name)})
+
+
+def read_rare_tiff(path):
+    """A TIFF file of a kind that Pillow does not open, such as 16-bit grey with alpha -> Picture."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        tag, exif = page.tags.valueof, Image.Exif()
+        exif.update({name: tag(name) for name in TIFF_TAGS if tag(name)})
+        info = {"icc_profile": tag(ExifTags.Base.InterColorProfile), "exif": tiff_exif(exif), "xmp": tag(XMP_TAG)}
+        return from_channels(read_page(page), info)
+
+
+def read_file(path):
+    """read_picture, but with the errors of decoders."""
+    try:
+        file = Image.open(path)
+    except UnidentifiedImageError:
+        with contextlib.suppress(tifffile.TiffFileError):  # which says that it is no TIFF file either
+            return read_rare_tiff(path)
+        raise
+    with file:
+        if file.mode == "F":
+            raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
+        white, frames = white_of(path, file), getattr(file, "n_frames", 1)
+        reduced = np.any(white > 255) and not file.mode.startswith("I")  # by Pillow, to 8 bits
+        deep = read_deep(path, file, white) if reduced else None
+        if deep is None or file.format != "PPM":  # which Pillow decodes at 3 seconds a megapixel
+            file.load()
+        exif = exif_of(file)
+        turned = exif.get(ExifTags.Base.Orientation, 1)
+        picture = ImageOps.exif_transpose(file) if turned in UPRIGHT and turned > 1 else file
+        info = {**picture.info, **({"exif": tiff_exif(exif)} if file.format == "TIFF" else {})}
+    if frames > 1:
+        logger.info("%s: only the first of its %d frames was read", path, frames)
+    mode, transparency = picture.mode, picture.info.get("transparency")
+    if mode.startswith("I"):
+        deep = deep_grey(picture)[..., None]
+    elif deep is not None:
+        deep = UPRIGHT.get(turned, UPRIGHT[1])(deep)
+    if deep is not None:
+        if transparency is not None:  # PNG's, a colour
+            deep = np.dstack([deep, np.where((deep == transparency).all(axis=2), np.uint16(0), np.uint16(65535))])
+        return from_channels(deep, info)
+    if mode == "CMYK":
+        picture = to_srgb(picture)
+    if mode not in KEPT_MODES:
+        info.pop("icc_profile", None)  # it describes other colours than RGB
+    kept = "L" if mode in ("1", "L", "LA", "La") else "RGB"
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparency is not None:
+        kept += "A"
+    pixels = np.asarray(picture.convert(kept))
+    if reduced:
+        logger.info("%s: only the upper 8 of its bits were kept", path)
+    if mode not in ("1", "L", "LA", "RGB", "RGBA"):
+        logger.info("%s: its mode %s was converted to RGB", path, mode)
+    return from_channels(np.atleast_3d(pixels), info)
+
+
 def read_picture(path):
     """Reads any picture. Grey stays grey, 16 bits stay 16, alpha and metadata come along; palettes, CMYK and other
-    colours become RGB, of several frames the first is taken, and the log says so.
+    colours become RGB, of several frames the first is taken, where 16 bits cannot be read the upper 8 are, and the log
+    says so.
 
     Raises UserError for a file that is missing, broken or not a picture.
     """
     try:
-        with Image.open(path) as file:
-            if file.mode == "F":
-                raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
-            deep_colour = any(";16" in str(tile[3]) for tile in file.tile) and not file.mode.startswith("I")
-            frames = getattr(file, "n_frames", 1)
-            file.load()
-            exif = exif_of(file)
-            turned = exif.get(ExifTags.Base.Orientation, 1)
-            picture = ImageOps.exif_transpose(file) if turned in UPRIGHT and turned > 1 else file
-            info = {**picture.info, **({"exif": tiff_exif(exif)} if file.format == "TIFF" else {})}
-        mode, metadata = picture.mode, {name: info[name] for name in METADATA if info.get(name)}
-        deep = read_deep(path, turned) if deep_colour else None
-        if deep is not None:
-            pixels, alpha = deep[..., :3], deep[..., 3] if deep.shape[2] == 4 else None
-            return Picture(pixels, mode == "LA", alpha, metadata)
-        if mode.startswith("I"):
-            return Picture(deep_grey(picture)[..., None].repeat(3, axis=2), True, None, metadata)
-        if mode == "CMYK":
-            picture = to_srgb(picture)
-        if mode not in KEPT_MODES:
-            metadata.pop("icc_profile", None)  # it describes other colours than RGB
-        grey = mode in ("1", "L", "LA", "La")
-        transparent = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
-        pixels = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
+        return read_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # decoders fail in many ways on hostile files
         raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
-    if deep_colour:
-        logger.info("%s: of its 16 bits the upper 8 were kept", path)
-    if mode not in ("1", "L", "LA", "RGB", "RGBA"):
-        logger.info("%s: its mode %s was converted to RGB", path, mode)
-    if frames > 1:
-        logger.info("%s: only the first of its %d frames was read", path, frames)
-    return Picture(
-        np.ascontiguousarray(pixels[..., :3]), grey, pixels[..., 3].copy() if transparent else None, metadata
-    )
 
 
 def to_grey(pixels):
