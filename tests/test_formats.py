@@ -5,7 +5,7 @@ import tifffile
 from PIL import Image, ImageCms
 
 from utils.errors import UserError
-from utils.formats import KEEPABLE, UPRIGHT, Picture, png_chunk, read_picture, write_picture
+from utils.formats import KEEPABLE, TIFF_TAGS, UPRIGHT, Picture, png_chunk, read_picture, write_picture
 
 RNG = np.random.default_rng(0)
 COLOUR = np.stack([*np.mgrid[:240:10, :200:10], np.full((24, 20), 90)], axis=2).astype(np.uint8)
@@ -70,6 +70,44 @@ def test_resolution_and_xmp_are_kept(tmp_path, ending, dtype):
     write_picture(path, read_picture(path))
     with Image.open(path) as file:
         assert file.info["dpi"] == pytest.approx((300, 300), abs=0.1) and file.info["xmp"] == XMP
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_texts_of_png_are_kept(tmp_path, dtype):
+    path, texts = tmp_path / "a.png", {"Title": "Rain", "Description": "Regen \N{UMBRELLA}", "Empty": ""}
+    write_picture(path, Picture(noise(8, 9, 3, dtype=dtype), metadata={"text": texts, "xmp": XMP}))
+    picture = read_picture(path)
+    assert picture.metadata == {"text": texts, "xmp": XMP}
+    write_picture(path, picture)
+    with Image.open(path) as file:
+        assert file.text == texts | {"XML:com.adobe.xmp": XMP.decode()}
+
+
+def test_stale_profiles_among_the_texts_of_png_are_not_kept(tmp_path):
+    texts = {"Raw profile type exif": f"\nexif\n{len(exif(Orientation=6))}\n{exif(Orientation=6).hex()}\n"}
+    write_picture(tmp_path / "a.png", Picture(COLOUR, metadata={"text": texts}))
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.pixels.shape == COLOUR.swapaxes(0, 1).shape
+    write_picture(tmp_path / "b.png", picture)
+    assert np.array_equal(read_picture(tmp_path / "b.png").pixels, picture.pixels)
+
+
+def test_comments_of_jpeg_are_kept(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "a.jpg", comment=b"rain")
+    for ending in (".jpg", ".png", ".tif", ".webp", ".bmp"):
+        write_picture(tmp_path / f"b{ending}", read_picture(tmp_path / "a.jpg"))
+    assert read_picture(tmp_path / "b.jpg").metadata["comment"] == b"rain"
+
+
+def test_camera_date_and_author_are_kept_in_16_bit_tiff(tmp_path):
+    data = Image.Exif()
+    data.update({tag: f"of {tag}" for tag in TIFF_TAGS} | {0x0132: "2025:06:07 08:09:10"})
+    write_picture(tmp_path / "a.tif", Picture(noise(8, 9, 3), metadata={"exif": data.tobytes()}))
+    write_picture(tmp_path / "b.tif", read_picture(tmp_path / "a.tif"))
+    with Image.open(tmp_path / "b.tif") as file:
+        assert {tag: file.getexif()[tag] for tag in TIFF_TAGS} == dict(data)
+    write_picture(tmp_path / "c.tif", Picture(noise(8, 9, 3)))
+    assert "exif" not in read_picture(tmp_path / "c.tif").metadata
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

@@ -51,10 +51,13 @@ def test_bands_give_the_same_files(derainer, tmp_path, ending, dtype, kind):
 
 
 def test_bands_are_upright_and_keep_metadata(derainer, tmp_path):
-    write_picture(tmp_path / "a.jpg", Picture(noise(60, 80, 3), metadata={"exif": exif(Orientation=6)}))
+    write_picture(
+        tmp_path / "a.jpg", Picture(noise(60, 80, 3), metadata={"exif": exif(Orientation=6), "dpi": (300, 300)})
+    )
     derain_huge(derainer, tmp_path / "a.jpg", tmp_path / "b.png", 95)
     again = read_picture(tmp_path / "b.png")
     assert again.pixels.shape == (80, 60, 3) and b"Camera" in again.metadata["exif"]
+    assert again.metadata["dpi"] == pytest.approx((300, 300), abs=0.1)
     difference = again.pixels.astype(int) - derainer(read_picture(tmp_path / "a.jpg").pixels)
     assert np.abs(difference).mean() < 2
 

@@ -23,7 +23,8 @@ KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", "
 KEPT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"}  # Pillow's, whose colours are grey or RGB
 XMP_TAG = 700  # of TIFF
 QUALITY = 95  # of JPEG, WebP and AVIF
-METADATA = ("icc_profile", "exif", "xmp", "dpi")  # by Pillow's names
+METADATA = ("icc_profile", "exif", "xmp", "dpi", "comment", "text")  # by Pillow's names; the last two: JPEG's and PNG's
+XMP_TEXT = "XML:com.adobe.xmp"  # its name among a PNG file's texts
 TIFF_TAGS = (  # of those in the file's first directory
     *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
     *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
@@ -56,6 +57,11 @@ def tiff_exif(exif):
         if exif.get_ifd(part):
             kept.get_ifd(part).update(exif.get_ifd(part))
     return kept.tobytes() if len(kept) else None
+
+
+def png_texts(file):
+    """The texts of an open PNG file but for those that hold other metadata -> dict of name -> str."""
+    return {name: text for name, text in file.text.items() if name != XMP_TEXT and not name.startswith("Raw profile ")}
 
 
 def deep_grey(picture):
@@ -112,7 +118,11 @@ def read_file(path):
         exif = exif_of(file)
         turned = exif.get(ExifTags.Base.Orientation, 1)
         picture = ImageOps.exif_transpose(file) if turned in UPRIGHT and turned > 1 else file
-        info = {**picture.info, **({"exif": tiff_exif(exif)} if file.format == "TIFF" else {})}
+        info = dict(picture.info)
+        if file.format == "TIFF":
+            info["exif"] = tiff_exif(exif)
+        if file.format == "PNG":
+            info["text"] = png_texts(file)
     if frames > 1:
         logger.info("%s: only the first of its %d frames was read", path, frames)
     mode, transparency = picture.mode, picture.info.get("transparency")
@@ -163,43 +173,60 @@ def png_chunk(name, content):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def encode_deep(pixels, ending, metadata):
-    """16-bit PNG or TIFF, which Pillow does not write in colour. H×W(×3 or 4) uint16 -> bytes."""
-    profile = metadata.get("icc_profile")
-    if ending in (".tif", ".tiff"):
-        buffer = io.BytesIO()
-        options = {"photometric": "minisblack" if pixels.ndim == 2 else "rgb", "compression": "zlib", "predictor": True}
-        if pixels.shape[2:] == (4,):
-            options["extrasamples"] = ["unassalpha"]
-        if "dpi" in metadata:
-            options |= {"resolution": tuple(map(float, metadata["dpi"])), "resolutionunit": "INCH"}
-        if "xmp" in metadata:
-            options["extratags"] = [(XMP_TAG, "B", len(metadata["xmp"]), metadata["xmp"], True)]
-        tifffile.imwrite(buffer, pixels, iccprofile=profile, metadata=None, **options)
-        return buffer.getvalue()
+def text_chunks(metadata):
+    """What a PNG file holds as texts -> PngInfo."""
+    chunks = PngInfo()
+    for name, text in metadata.get("text", {}).items():
+        chunks.add_text(name, text)
+    if "xmp" in metadata:
+        chunks.add_itxt(XMP_TEXT, metadata["xmp"].decode())
+    return chunks
+
+
+def deep_tiff(pixels, metadata):
+    """H×W(×3 or 4) uint16 -> bytes; of EXIF no more than TIFF_TAGS, as tifffile writes no further directories."""
+    options = {"photometric": "minisblack" if pixels.ndim == 2 else "rgb", "compression": "zlib", "predictor": True}
+    if pixels.shape[2:] == (4,):
+        options["extrasamples"] = ["unassalpha"]
+    if "dpi" in metadata:
+        options |= {"resolution": tuple(map(float, metadata["dpi"])), "resolutionunit": "INCH"}
+    exif = Image.Exif()
+    exif.load(metadata.get("exif", b""))
+    texts = {tag: str(exif[tag]).encode("latin-1") for tag in TIFF_TAGS if tag in exif}
+    options["software"] = texts.pop(ExifTags.Base.Software, False)
+    options["extratags"] = [(tag, "s", 0, text, True) for tag, text in texts.items()]
+    if "xmp" in metadata:
+        options["extratags"].append((XMP_TAG, "B", len(metadata["xmp"]), metadata["xmp"], True))
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, iccprofile=metadata.get("icc_profile"), metadata=None, **options)
+    return buffer.getvalue()
+
+
+def deep_png(pixels, metadata):
+    """H×W(×3 or 4) uint16 -> bytes."""
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if pixels.shape[2] == 4 else cv2.COLOR_RGB2BGR)
-    encoded = cv2.imencode(".png", pixels)[1].tobytes()
-    chunks = png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)) if profile else b""
+    encoded, chunks = cv2.imencode(".png", pixels)[1].tobytes(), b""
+    if "icc_profile" in metadata:
+        chunks += png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata["icc_profile"]))
     if "exif" in metadata:
         chunks += png_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
-    if "xmp" in metadata:
-        chunks += png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata["xmp"])
     if "dpi" in metadata:
         chunks += png_chunk(b"pHYs", struct.pack(">IIB", *(round(float(dpi) / 0.0254) for dpi in metadata["dpi"]), 1))
+    for name, content, _ in text_chunks(metadata).chunks:
+        chunks += png_chunk(name, content)
     header = 8 + 25  # the signature and the first chunk, which has 13 bytes of content
     return encoded[:header] + chunks + encoded[header:]
 
 
 def encode(pixels, ending, quality, metadata):
     """H×W(×2, 3 or 4) uint8 or uint16 -> bytes of a picture file."""
-    if pixels.dtype == np.uint16:
-        return encode_deep(pixels, ending, metadata)
-    options, buffer = dict(metadata), io.BytesIO()
     kind = Image.registered_extensions()[ending]
-    if kind == "PNG" and "xmp" in options:
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode())
+    if pixels.dtype == np.uint16:  # which Pillow does not write in colour
+        return {"PNG": deep_png, "TIFF": deep_tiff}[kind](pixels, metadata)
+    options, buffer = {name: metadata[name] for name in metadata if name != "text"}, io.BytesIO()
+    if kind == "PNG":
+        options["pnginfo"] = text_chunks(metadata)
     if kind in ("JPEG", "WEBP", "AVIF"):
         options["quality"] = quality
     if kind in ("JPEG", "AVIF"):

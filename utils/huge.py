@@ -105,6 +105,7 @@ def derain_huge(derainer, path, output, quality):
             image = vips().Image.rawload(raw.name, width, height, channels * dtype.itemsize, access="sequential")
             image = image.copy(bands=channels, format=kind, interpretation=spaces[dtype.itemsize - 1])
             again = open_huge(path)
+            image = image.copy(xres=again.xres, yres=again.yres)
             if again.hasalpha():
                 image = image.bandjoin(again[again.bands - 1])
             for name in again.get_fields():
