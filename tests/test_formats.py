@@ -282,12 +282,18 @@ def test_colours_that_become_rgb_get_no_alpha_and_lose_their_profile(tmp_path):
     assert picture.alpha is None and "icc_profile" not in picture.metadata and picture.pixels.shape == COLOUR.shape
 
 
-def test_endings_that_cannot_hold_a_picture_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a.jpg cannot be written: .jpg has no 16 bits"):
-        write_picture(tmp_path / "a.jpg", Picture(noise(4, 4, 3)))
-    with pytest.raises(UserError, match=r"a.jpg cannot be written as .jpg .*leave --keep_format away"):
-        write_picture(tmp_path / "a.jpg", Picture(COLOUR, alpha=COLOUR[..., 0]))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".bmp", ".avif"])
+def test_what_an_ending_cannot_hold_becomes_png(tmp_path, ending, caplog):
+    for number, picture in enumerate((Picture(noise(4, 4, 3)), Picture(COLOUR, alpha=COLOUR[..., 0]))):
+        caplog.clear()
+        write_picture(tmp_path / f"{number}{ending}", picture)
+        (path,) = tmp_path.glob(f"{number}.*")
+        again = read_picture(path)
+        if number == 0 or ending in (".jpg", ".bmp"):
+            assert path.name == f"{number}{ending}.png" and np.array_equal(again.pixels, picture.pixels)
+            assert f"{number}{ending} cannot hold the result" in caplog.text
+            assert f"written as {number}{ending}.png" in caplog.text and "metadata" not in caplog.text
+        assert (again.alpha is not None) == number
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

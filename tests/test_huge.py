@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model import MultiscaleNet
 from tests.test_formats import PROFILE, exif
@@ -60,6 +61,18 @@ def test_bands_are_upright_and_keep_metadata(derainer, tmp_path):
     assert again.metadata["dpi"] == pytest.approx((300, 300), abs=0.1)
     difference = again.pixels.astype(int) - derainer(read_picture(tmp_path / "a.jpg").pixels)
     assert np.abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize("name, kind", [("a.bmp", "L"), ("a.jpg", "RGBA"), ("a.webp", "I;16"), ("a.jpeg", "I;16")])
+def test_what_an_ending_cannot_hold_becomes_png(derainer, tmp_path, name, kind, caplog):
+    pixels = noise(40, 50, dtype=np.uint16)
+    image = Image.fromarray(pixels) if kind == "I;16" else Image.fromarray((pixels >> 8).astype(np.uint8)).convert(kind)
+    image.save(tmp_path / name, "PNG")
+    derain_huge(derainer, tmp_path / name, tmp_path / "out" / name, 95)
+    (result,) = (tmp_path / "out").iterdir()
+    assert result.name == f"{name}.png" and f"{name} cannot hold the result: it is written as {name}.png" in caplog.text
+    with Image.open(result) as file:
+        assert file.mode == kind
 
 
 def test_huge_pictures_are_told_from_their_headers(tmp_path, monkeypatch):

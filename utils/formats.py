@@ -3,6 +3,7 @@ colour profile and metadata."""
 
 import contextlib
 import io
+import itertools
 import logging
 import struct
 import zlib
@@ -219,11 +220,18 @@ def deep_png(pixels, metadata):
     return encoded[:header] + chunks + encoded[header:]
 
 
+DEEP = {"PNG": deep_png, "TIFF": deep_tiff}  # what holds 16 bits
+
+
 def encode(pixels, ending, quality, metadata):
     """H×W(×2, 3 or 4) uint8 or uint16 -> bytes of a picture file."""
     kind = Image.registered_extensions()[ending]
     if pixels.dtype == np.uint16:  # which Pillow does not write in colour
-        return {"PNG": deep_png, "TIFF": deep_tiff}[kind](pixels, metadata)
+        if kind not in DEEP:
+            raise ValueError(f"{kind} has no 16 bits")
+        return DEEP[kind](pixels, metadata)
+    if kind == "BMP" and pixels.shape[2:] in ((2,), (4,)):
+        raise ValueError("most programs ignore alpha in BMP")  # and Pillow would write it
     options, buffer = {name: metadata[name] for name in metadata if name != "text"}, io.BytesIO()
     if kind == "PNG":
         options["pnginfo"] = text_chunks(metadata)
@@ -242,23 +250,30 @@ def encode(pixels, ending, quality, metadata):
     return buffer.getvalue()
 
 
+def in_png(path):
+    """-> the name of a result that the format of the path's ending cannot hold."""
+    return path.with_name(f"{path.name}.png")
+
+
 def write_picture(path, picture, quality=QUALITY):
-    """Writes a Picture in the format of the path's ending, one of KEEPABLE (with 16 bits PNG or TIFF). A file of that
-    name is replaced only once the new one is complete."""
-    ending, pixels = Path(path).suffix.lower(), picture.pixels
-    if pixels.dtype == np.uint16 and ending not in (".png", ".tif", ".tiff"):
-        raise UserError(f"{path} cannot be written: {ending} has no 16 bits. Leave --keep_format away.")
+    """Writes a Picture in the format of the path's ending, one of KEEPABLE. What that cannot hold becomes a PNG file of
+    that name with .png behind it, and the log says so. A file is replaced only once the new one is complete."""
+    path, pixels = Path(path), picture.pixels
     if picture.grey and not (picture.alpha is not None and pixels.dtype == np.uint16):  # no writer knows that kind
         pixels = to_grey(pixels)
     if picture.alpha is not None:
         pixels = np.dstack([pixels, picture.alpha])
-    for metadata in (picture.metadata, {}):
+    for target, metadata in itertools.product((path, in_png(path)), (picture.metadata, {})):
         try:
-            content = encode(pixels, ending, quality, metadata)
+            content = encode(pixels, target.suffix.lower(), quality, metadata)
             break
         except Exception as error:  # damaged metadata make writers fail in many ways
-            if not metadata:
-                raise UserError(f"{path} cannot be written as {ending} ({error}): leave --keep_format away.") from error
-            logger.warning("%s: the original's metadata were left away (%s)", path, error)
-    with atomic_write(path) as file:
+            reason = error
+    else:
+        raise UserError(f"{path} cannot be written ({reason}).") from reason
+    if target != path:
+        logger.warning("%s cannot hold the result (%s): it is written as %s", path, reason, target.name)
+    if picture.metadata and not metadata:
+        logger.warning("%s: the original's metadata were left away (%s)", path, reason)
+    with atomic_write(target) as file:
         file.write(content)

@@ -1,14 +1,14 @@
 """Pictures too large to be held in memory: read, derained and written a band of rows at a time, with libvips."""
 
+import logging
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.formats import QUALITY, to_grey
+from utils.formats import QUALITY, in_png, to_grey
 
 HUGE = 64 * 10**6  # pixels; smaller pictures take less than a gigabyte
 KINDS = {"uchar": np.uint8, "ushort": np.uint16}
@@ -21,6 +21,7 @@ SAVERS = {  # ending -> function and options of libvips; Q and bigtiff are set f
     **{".png": ("pngsave", {}), ".webp": ("webpsave", LOSSY), ".avif": ("heifsave", LOSSY | {"compression": "av1"})},
 }
 METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings of libvips' names
+logger = logging.getLogger(__name__)
 
 
 def is_huge(path):
@@ -81,22 +82,31 @@ def colours(image):
     return image if image.bands == 3 else image[0].bandjoin([image[0], image[0]])
 
 
+def holding(output, image):
+    """-> a result's path, or where the format of its ending cannot hold the image, that of a PNG; the log says so."""
+    save, _ = SAVERS.get(output.suffix.lower(), (None, None))
+    too_deep = image.format == "ushort" and save not in ("pngsave", "tiffsave")
+    if save is None or too_deep or (save == "jpegsave" and image.hasalpha()):
+        logger.warning("%s cannot hold the result: it is written as %s", output, in_png(output).name)
+        return in_png(output)
+    return output
+
+
 def derain_huge(derainer, path, output, quality):
     """Derains a picture file into one of the output's ending; its colours, alpha and metadata are treated as in
     utils/formats.py. The result lies beside the output, uncompressed, until it is whole. Raises UserError."""
-    if Path(output).suffix.lower() not in SAVERS:
-        raise UserError(f"{path} is too large to be written as {Path(output).suffix}: leave --keep_format away.")
     if derainer.mode == "whole":
         raise UserError(f"{path} is too large for --mode whole: leave that away.")
     try:
         original = open_huge(path)
+        output = holding(output, original)
         bands = Bands(colours(original))
         (height, width, _), dtype, kind, grey = bands.shape, bands.dtype, original.format, original.bands < 3
         if min(height, width) < derainer.window:
             raise UserError(
                 f"{path} is too narrow for windows of {derainer.window} pixels: choose a smaller --win_size."
             )
-        with atomic_path(output) as result, tempfile.NamedTemporaryFile(dir=Path(output).parent) as raw:
+        with atomic_path(output) as result, tempfile.NamedTemporaryFile(dir=output.parent) as raw:
             for _, rows in derainer.stream([(path, bands)]):
                 raw.write((to_grey(rows) if grey else rows).tobytes())
             raw.flush()
@@ -112,7 +122,7 @@ def derain_huge(derainer, path, output, quality):
                 if name.startswith(METADATA):
                     image.set_type(again.get_typeof(name), name, again.get(name))
             image.set_type(vips().GValue.gint_type, "orientation", 1)  # the metadata hold the original's
-            save, options = SAVERS[Path(output).suffix.lower()]
+            save, options = SAVERS[output.suffix.lower()]
             chosen = {"Q": quality, "bigtiff": height * width * 8 > 2**32}
             getattr(image, save)(str(result), **options | {name: chosen[name] for name in options if name in chosen})
     except vips().Error as error:
