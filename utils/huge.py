@@ -126,4 +126,7 @@ def derain_huge(derainer, path, output, quality):
             chosen = {"Q": quality, "bigtiff": height * width * 8 > 2**32}
             getattr(image, save)(str(result), **options | {name: chosen[name] for name in options if name in chosen})
     except vips().Error as error:
-        raise UserError(f"{path} cannot be derained a band at a time ({' '.join(str(error).split())}).") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be derained a band at a time ({reason}): replace it, or save it as PNG, JPEG or TIFF."
+        ) from error
