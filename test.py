@@ -34,7 +34,7 @@ from utils.formats import KEEPABLE, QUALITY, write_picture
 from utils.huge import derain_huge, is_huge
 from utils.images import contact_sheet, eight_bits, find_pictures, read_image, write_png
 from utils.inference import MODES, WINDOW, Derainer
-from utils.video import derain_clips, split_clips
+from utils.video import derain_clips, result_path, split_clips
 
 PROTOCOL = "rain200"
 PANEL_ROWS = 6
@@ -103,19 +103,24 @@ def without_results(paths, root, output_dir):
     return [path for path in paths if not realpath(path).startswith(results)], root
 
 
-def plan(found, output_dir, kept, keep_format=False):
-    """What to derain: `found` lists (paths, root), `kept` the pictures that no result may overwrite; results are PNG or
-    what their inputs are -> dicts of input path -> result path, and of input path -> why it cannot be done."""
-    inputs, problems = {}, {}  # inputs: result path -> input path
-    kept = set(map(realpath, kept))
+def results_of(found, output_dir, keep_format):
+    """For pictures found as (paths, root), yields (input path, result path): PNG, or what the input is."""
     for paths, root in found:
         for path in paths:
             keeps = keep_format and path.suffix.lower() in KEEPABLE
-            output = (output_dir / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
-            if realpath(output) in kept:
-                problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
-            elif inputs.setdefault(output, path) != path:
-                problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."
+            yield path, (output_dir / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
+
+
+def without_clashes(wanted, kept):
+    """What to derain of (input path, result path): no result may overwrite another or one of the files `kept` -> dicts
+    of input path -> result path, and of input path -> why it cannot be done."""
+    inputs, problems = {}, {}  # inputs: result path -> input path
+    kept = set(map(realpath, kept))
+    for path, output in wanted:
+        if realpath(output) in kept:
+            problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
+        elif inputs.setdefault(output, path) != path:
+            problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."
     return {path: output for output, path in inputs.items()}, problems
 
 
@@ -201,8 +206,10 @@ def main(argv=None):
         raise UserError(f"{output_dir} is a file: choose another --output_dir.")
     found = [without_results(*find_pictures(source), output_dir) for source in sources]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
-    inputs = [path for paths, _ in found for path in paths]
-    outputs, problems = plan(found, output_dir, [*inputs, *clean_paths], args.keep_format)
+    kept = [*clips, *clean_paths, *(path for paths, _ in found for path in paths)]
+    outputs, problems = without_clashes(results_of(found, output_dir, args.keep_format), kept)
+    clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
+    problems |= clip_problems
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
     done = {path: output for path, output in outputs.items() if args.skip_existing and output.exists()}
     done = from_first_process(done)  # others may start later, when there are more
@@ -230,7 +237,7 @@ def main(argv=None):
                 rows.append((str(outputs[path].relative_to(output_dir)), *scores))
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
-        mine.update(derain_clips(clips[rank::world], output_dir, derainer, args.weights, settings, args.steady))
+        mine |= derain_clips(share(clip_outputs, rank, world), derainer, args.weights, settings, args.steady)
     with reports_lost_processes():
         rows, mine = zip(*from_all_processes((rows, mine)))
     end_processes()

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 import test as script
 from benchmarks.flicker import flicker
@@ -103,10 +104,11 @@ def derain(tmp_path):
     weights.touch()
 
     def run(clip, derainer=None, settings=(), damp=False, problem=None):
-        problems = video.derain_clips([clip], tmp_path / "out", derainer or Unchanged(), weights, settings, damp)
+        result = video.result_path(clip, tmp_path / "out")
+        problems = video.derain_clips({clip: result}, derainer or Unchanged(), weights, settings, damp)
         assert list(problems) == ([clip] if problem else []), problems
         assert not problem or problem in problems[clip]
-        return next((tmp_path / "out").glob(f"{clip.stem}.*"), None)
+        return result
 
     return run
 
@@ -142,10 +144,10 @@ def test_a_clip_is_derained_frame_by_frame_with_its_sound(tmp_path, narrow_weigh
         ("a.mp4", "a.mp4", "libx264", "aac"),
         ("a.MOV", "a.MOV", "libx264", "pcm_s16le"),
         ("a.mkv", "a.mkv", "libx264", "flac"),
-        ("a.avi", "a.mp4", "mpeg4", "libmp3lame"),
-        ("a.webm", "a.mp4", "libvpx-vp9", "libopus"),
-        ("a.mpg", "a.mp4", "mpeg2video", "mp2"),
-        ("a.ts", "a.mp4", "libx264", "aac"),
+        ("a.avi", "a.avi.mp4", "mpeg4", "libmp3lame"),
+        ("a.webm", "a.webm.mp4", "libvpx-vp9", "libopus"),
+        ("a.mpg", "a.mpg.mp4", "mpeg2video", "mp2"),
+        ("a.ts", "a.ts.mp4", "libx264", "aac"),
     ],
 )
 def test_containers_keep_times_pictures_and_sound(derain, tmp_path, name, result_name, codec, sound):
@@ -380,15 +382,37 @@ def test_clips_are_told_from_pictures(tmp_path):
     assert video.split_clips([f"{folder}/*"]) == ([tmp_path / "a.mp4", tmp_path / "b.MOV"], [f"{folder}/*"])
 
 
-def test_results_overwrite_neither_clips_nor_each_other(tmp_path):
+@pytest.fixture
+def run(tmp_path, narrow_weights, monkeypatch):
+    """Runs test.py as one of two processes -> the names of the results that there are then."""
+
+    def run_script(clips, rank, out="out"):
+        monkeypatch.setattr(script, "start_processes", lambda *_, **__: (torch.device("cpu"), rank, 2))
+        monkeypatch.setattr(Derainer, "pictures", lambda _, frames: frames)
+        options = ["--weights", str(narrow_weights), "--output_dir", str(tmp_path / out)]
+        script.main(["--input_dir", *map(str, clips), *options])
+        return sorted(path.name for path in (tmp_path / out).glob("*.*"))
+
+    return run_script
+
+
+def test_processes_share_clips_by_size(run, tmp_path):
+    lengths = {"a.mp4": 2, "b.mp4": 40, "c.mp4": 2}
+    clips = [write_clip(tmp_path / name, pictures(count)) for name, count in lengths.items()]
+    assert run(clips, rank=0) == ["b.mp4"]
+    assert run(clips, rank=1) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_results_overwrite_neither_clips_nor_each_other(run, tmp_path):
     (tmp_path / "x").mkdir()
-    clips = [write_clip(tmp_path / name, pictures(2)) for name in ("x/a.mkv", "x/a.mp4", "a.mkv", "b.mp4")]
+    names = {"x/a.mkv": "libx264", "x/a.mp4": "libx264", "x/a.webm": "libvpx-vp9", "a.mp4": "libx264"}
+    clips = [write_clip(tmp_path / name, pictures(2), codec=codec) for name, codec in names.items()]
     before = {path: path.read_bytes() for path in clips}
-    problems = video.derain_clips(clips, tmp_path, Unchanged(), clips[0], ())
-    assert "its result would overwrite" in problems[clips[0]] and "its result would overwrite" in problems[clips[3]]
-    assert (tmp_path / "a.mp4").exists()
-    problems = video.derain_clips(clips[:3], tmp_path / "out", Unchanged(), clips[0], ())
-    assert list(problems) == [clips[2]] and "would both become" in problems[clips[2]]
+    with pytest.raises(SystemExit, match=f"{clips[3]} and {clips[1]} would both become .*: rename one of them"):
+        run(clips, rank=0)
+    assert run(clips, rank=1) == ["a.mkv", "a.mp4", "a.webm.mp4"]
+    with pytest.raises(SystemExit, match=f"{clips[1]}: its result would overwrite {clips[3]}"):
+        run(clips[1:], rank=0, out=".")
     assert {path: path.read_bytes() for path in clips} == before
 
 

@@ -266,18 +266,18 @@ def derain_clip(path, output, derainer, digest, damp):
         raise UserError(f"{path} is damaged or cut off: {output} holds what could be read of it.")
 
 
-def derain_clips(clips, output_dir, derainer, weights, settings, damp=False):
-    """Derains clips to output_dir -> dict of a clip's path -> why it, or a part of it, could not be done. What was made
-    with the same weights, a path, and the same settings is kept. `damp` damps flicker (`steady`)."""
-    outputs, problems, kept = {}, {}, {path.resolve() for path in clips}
-    for path in clips:
-        suffix = path.suffix if path.suffix.lower() in CONTAINERS else ".mp4"
-        output = output_dir / f"{path.stem}{suffix}"
-        if output.resolve() in kept:
-            problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
-        elif outputs.setdefault(output, path) != path:
-            problems[path] = f"{path} and {outputs[output]} would both become {output}: rename one of them."
-    for output, path in outputs.items():
+def result_path(clip, output_dir):
+    """Where a clip's result goes. Another container's ending stands behind the clip's own: clip.webm and clip.mp4 are
+    two clips, also in two runs."""
+    return output_dir / (clip.name if clip.suffix.lower() in CONTAINERS else f"{clip.name}.mp4")
+
+
+def derain_clips(outputs, derainer, weights, settings, damp=False):
+    """Derains the clips of a dict of input path -> result path -> dict of a clip's path -> why it, or a part of it,
+    could not be done. What was made with the same weights, a path, and the same settings is kept. `damp` damps flicker
+    (`steady`)."""
+    problems = {}
+    for path, output in outputs.items():
         try:
             derain_clip(path, output, derainer, digest_of((settings, damp), path, weights), damp)
         except UserError as error:
