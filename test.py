@@ -95,12 +95,18 @@ def default_output_dir(source):
     return Path("results", *[part for part in parts if part not in ("test", "train", "input")][-1:])
 
 
-def without_results(paths, root, output_dir):
-    """Leaves away what lies in an output folder within the input folder: results of an earlier run."""
+def find_inputs(source, output_dir):
+    """find_pictures, but without what lies in an output folder within the input folder: results of an earlier run.
+    Raises UserError where the two are one."""
+    paths, root = find_pictures(source)
     results = join(realpath(output_dir), "")
-    if results == join(realpath(root), ""):
-        return paths, root
-    return [path for path in paths if not realpath(path).startswith(results)], root
+    if results != join(realpath(root), ""):
+        return [path for path in paths if not realpath(path).startswith(results)], root
+    if Path(source).is_dir():
+        raise UserError(
+            f"{output_dir} is the input folder, where results would be taken for inputs: choose another --output_dir."
+        )
+    return paths, root
 
 
 def results_of(found, output_dir, keep_format):
@@ -204,7 +210,7 @@ def main(argv=None):
     output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
     if output_dir.is_file():
         raise UserError(f"{output_dir} is a file: choose another --output_dir.")
-    found = [without_results(*find_pictures(source), output_dir) for source in sources]
+    found = [find_inputs(source, output_dir) for source in sources]
     clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
     kept = [*clips, *clean_paths, *(path for paths, _ in found for path in paths)]
     outputs, problems = without_clashes(results_of(found, output_dir, args.keep_format), kept)
