@@ -17,7 +17,7 @@ from PIL import Image
 
 import test as script
 from model import MultiscaleNet
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, load_network
 from utils.errors import UserError
 from utils.formats import KEEPABLE, Picture, read_picture, write_picture
 from utils.inference import MODES, Derainer
@@ -179,6 +179,35 @@ def test_damaged_checkpoints_are_read_or_refused_with_a_sentence(tmp_path):
         except UserError:
             outcomes.add("refused")
     assert "refused" in outcomes and outcomes <= {"dict", "refused"}
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"num_blocks": (10**9, 1, 1)}, "more blocks than the file has weights"),
+        ({"num_blocks": (10**9, -(10**9), 1)}, "more blocks than the file has weights"),
+        ({"passes": (1, 10**9, 1)}, "more blocks than the file has weights"),
+        ({"num_blocks": (300, 300, 300), "passes": (100, 100, 100)}, "more blocks than the file has weights"),
+        ({"num_blocks": (1,)}, "cannot be built"),
+        ({"num_blocks": 3}, "cannot be built"),
+        ({"dim": -8}, "cannot be built"),
+        ({"dim": 10**6}, "does not fit"),
+        ({"dim": 10**12}, "cannot be built"),
+        ({"heads": (10**6, 10**6, 10**6)}, "does not fit"),
+    ],
+)
+def test_checkpoints_of_networks_that_nobody_can_build_are_refused(tmp_path, options, reason):
+    net = MultiscaleNet(8, (1, 1, 1))
+    torch.save({"state_dict": net.state_dict(), "options": net.options | options}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth .*{reason}"):
+        load_network(tmp_path / "a.pth")
+
+
+def test_checkpoints_whose_names_count_too_far_are_refused(tmp_path):
+    weights = MultiscaleNet(8, (1, 1, 1)).state_dict()
+    torch.save(weights | {"latent_small.999999999.norm1.body.weight": torch.ones(8)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a.pth .*more blocks than the file has weights"):
+        load_network(tmp_path / "a.pth")
 
 
 SOAK = """

@@ -118,12 +118,18 @@ def build_network(content, path):
     Which one it is, is read from names and shapes, and what these do not tell from "options", if that is there. Raises
     UserError with the names and shapes that do not fit.
     """
-    weights, options = content.get("ema") or content["state_dict"], content.get("options")
+    weights = content.get("ema") or content["state_dict"]
+    options = content.get("options") or options_of(weights, path)
     try:
+        blocks, passes = (sum(map(abs, options.get(name, DEFAULTS.get(name, ())))) for name in ("num_blocks", "passes"))
+        if passes * (1 + blocks) > len(weights):  # each pass has weights of its own, and so have its blocks
+            raise ValueError(f"it would have more blocks than the file has weights, which are {len(weights)}")
         with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
-            net = MultiscaleNet(**(options or options_of(weights, path)))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes a network that cannot be built ({error}).") from error
+            net = MultiscaleNet(**options)
+    except Exception as error:  # options that mean no good fail in many ways
+        raise UserError(
+            f"{path} describes a network that cannot be built ({error}): download or copy it again."
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
