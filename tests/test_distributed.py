@@ -5,7 +5,7 @@ import torch
 
 import train
 from tests.conftest import make_pairs
-from tests.test_train_script import ROOT, arguments, fails, lines_of, session, start, weights_of
+from tests.test_train_script import ROOT, arguments, assert_equal_runs, fails, session, start
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -38,12 +38,6 @@ def options(narrow_weights, tmp_path):
     return [*arguments(pairs, narrow_weights, tmp_path), "--batch_size", "3", "--num_epochs", "3"]
 
 
-def assert_close_weights(folder, other):
-    first, second = weights_of(folder), weights_of(other)
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-6)
-
-
 def momenta_of(folder):
     """Adam's first moments: sums of the gradients of all steps so far."""
     states = load_checkpoint(folder / "model_latest.pth")["optimizer"]["state"].values()
@@ -56,12 +50,10 @@ def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(op
     assert run.returncode == 0, output
     assert "2 processes" in output
     train.main(options)
-    assert_close_weights(session(tmp_path), session(tmp_path, "b"))
+    keys = ("charbonnier", "fft", "edge", "l1", "total", "val_psnr")
+    assert_equal_runs(session(tmp_path), session(tmp_path, "b"), keys, weights=1e-6, losses=1e-5)
     for first, second in zip(*(momenta_of(session(tmp_path, name)) for name in "ab")):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b"))):
-        for key in ("charbonnier", "fft", "edge", "l1", "total", "val_psnr"):
-            assert line[key] == pytest.approx(other[key], rel=1e-5)
 
 
 def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
@@ -86,9 +78,7 @@ def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
     assert load_checkpoint(session(tmp_path) / "model_latest.pth")["epoch"] == 3
     train.main(options)
     train.main([*options, "--session", "b"])
-    assert_close_weights(session(tmp_path), session(tmp_path, "b"))
-    for line, other in zip(lines_of(session(tmp_path)), lines_of(session(tmp_path, "b")), strict=True):
-        assert line["total"] == pytest.approx(other["total"], rel=1e-5)
+    assert_equal_runs(session(tmp_path), session(tmp_path, "b"), weights=1e-6, losses=1e-5)
 
 
 @pytest.mark.slow
