@@ -76,7 +76,7 @@ def read_deep(path, file, white):
             if file.tile[0][0] == "raw":  # not compressed, and taken for 8 bits by Pillow
                 raise
             return None
-    if file.mode not in ("LA", "RGB", "RGBA"):  # such as CMYK, which OpenCV would take for RGBA
+    if file.mode not in ("RGB", "RGBA"):  # such as CMYK, which OpenCV would take for RGBA
         return None
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] not in ((3,), (4,)):
@@ -84,5 +84,6 @@ def read_deep(path, file, white):
     pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
     if np.any(white != 65535):
         pixels = scaled(pixels, np.divide(65535, white, dtype=np.float32))
-    pixels = pixels[..., {"LA": slice(0, 4, 3), "RGB": slice(3), "RGBA": slice(4)}[file.mode]]
+    grey = "LA;16" in str(file.tile[0][3])  # PNG's grey with alpha, which Pillow and OpenCV make RGBA
+    pixels = pixels[..., ::3] if grey else pixels[..., : len(file.mode)]
     return straight(pixels) if tags.get(ExifTags.Base.ExtraSamples) == (PREMULTIPLIED,) else pixels

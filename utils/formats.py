@@ -214,7 +214,7 @@ def deep_png(pixels, metadata):
         chunks += png_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
     if "dpi" in metadata:
         chunks += png_chunk(b"pHYs", struct.pack(">IIB", *(round(float(dpi) / 0.0254) for dpi in metadata["dpi"]), 1))
-    for name, content, _ in text_chunks(metadata).chunks:
+    for name, content, *_ in text_chunks(metadata).chunks:
         chunks += png_chunk(name, content)
     header = 8 + 25  # the signature and the first chunk, which has 13 bytes of content
     return encoded[:header] + chunks + encoded[header:]
@@ -259,9 +259,11 @@ def write_picture(path, picture, quality=QUALITY):
     """Writes a Picture in the format of the path's ending, one of KEEPABLE. What that cannot hold becomes a PNG file of
     that name with .png behind it, and the log says so. A file is replaced only once the new one is complete."""
     path, pixels = Path(path), picture.pixels
-    if picture.grey and not (picture.alpha is not None and pixels.dtype == np.uint16):  # no writer knows that kind
+    if picture.grey:
         pixels = to_grey(pixels)
     if picture.alpha is not None:
+        if picture.grey and pixels.dtype == np.uint16:  # no writer knows that kind
+            pixels = np.dstack([pixels] * 3)
         pixels = np.dstack([pixels, picture.alpha])
     for target, metadata in itertools.product((path, in_png(path)), (picture.metadata, {})):
         try:
