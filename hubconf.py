@@ -9,6 +9,7 @@ set for which the authors released weights, which are fetched: "Rain200L", "Rain
 
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.errors import UserError
+from utils.inference import derain as derain
 from utils.weights import NETWORKS, load_released
 
 dependencies = ["cv2", "numpy", "PIL", "tifffile", "torch", "torchvision", "tqdm"]

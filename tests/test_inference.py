@@ -1,14 +1,18 @@
 import itertools
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model import MultiscaleNet
 from tests.golden import ARRAYS, golden_input, golden_network
+from utils.checkpoint import load_network, save_checkpoint
 from utils.errors import UserError
 from utils.images import read_image, to_image, write_png
-from utils.inference import Derainer, tile_spans, window_spans
+from utils.inference import Derainer, derain, tile_spans, window_spans
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +194,51 @@ def test_bfloat16_gives_nearly_the_same_picture():
     net, image = golden_network("nerd_rain_s"), random_picture(40, 48)
     exact, fast = (Derainer(net, window=48, bf16=bf16)(image).astype(int) for bf16 in (False, True))
     assert 0 < np.abs(exact - fast).mean() < 2
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (40, 50, 1), (40, 50, 2), (40, 50, 3), (40, 50, 4)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+def test_arrays_of_all_kinds_come_back_as_they_went_in(narrow_weights, shape, dtype):
+    values = np.random.default_rng(0).random(shape)
+    image = values.astype(dtype) if np.issubdtype(dtype, np.floating) else (values * np.iinfo(dtype).max).astype(dtype)
+    result = derain(image, narrow_weights, gpus="cpu")
+    assert result.shape == shape and result.dtype == dtype and not np.array_equal(result, image)
+    channels = np.atleast_3d(image)
+    if channels.shape[2] in (2, 4):
+        np.testing.assert_array_equal(np.atleast_3d(result)[..., -1], channels[..., -1])
+    if shape == (40, 50, 3):
+        np.testing.assert_array_equal(result, Derainer(load_network(narrow_weights).eval())(image))
+
+
+def test_images_and_files_come_back_as_they_went_in(narrow_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    expected = derain(pixels, narrow_weights, gpus="cpu")
+    result = derain(Image.fromarray(pixels), narrow_weights, gpus="cpu")
+    assert isinstance(result, Image.Image) and np.array_equal(np.asarray(result), expected)
+    for mode, kept in (("1", "L"), ("L", "L"), ("LA", "LA"), ("P", "RGB"), ("RGBA", "RGBA"), ("CMYK", "RGB")):
+        image = Image.fromarray(pixels).convert(mode)
+        assert derain(image, narrow_weights, gpus="cpu").mode == kept
+    Image.fromarray(pixels).save("a.png")
+    assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
+    assert np.array_equal(read_image("results/a.png"), expected)
+    assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif")
+    with pytest.raises(UserError, match=r"c\.png does not exist"):
+        derain("c.png", narrow_weights, gpus="cpu")
+    with pytest.raises(UserError, match=r"c\.pth does not exist"):
+        derain("a.png", "c.pth", gpus="cpu")
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 5), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((4, 4), int)])
+def test_arrays_that_are_no_pictures_are_refused(narrow_weights, image):
+    with pytest.raises(ValueError, match="expected"):
+        derain(image, narrow_weights, gpus="cpu")
+
+
+def test_another_checkpoint_of_the_same_name_is_noticed(narrow_weights, tmp_path):
+    image, path = np.full((32, 32, 3), 100, np.uint8), tmp_path / "a.pth"
+    shutil.copy(narrow_weights, path)
+    first = derain(image, path, gpus="cpu")
+    torch.manual_seed(5)
+    save_checkpoint(path, state_dict=MultiscaleNet(8, (1, 1, 1)).state_dict())
+    assert not np.array_equal(derain(image, path, gpus="cpu"), first)

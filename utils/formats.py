@@ -82,6 +82,16 @@ def to_srgb(picture):
         return picture.convert("RGB")
 
 
+def channels_of(image):
+    """A Pillow image -> H×W×1 to 4 array, grey or RGB, without or with alpha: uint16 for deep grey, else uint8."""
+    if image.mode.startswith("I"):
+        return deep_grey(image)[..., None]
+    kept = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        kept += "A"
+    return np.atleast_3d(np.asarray((to_srgb(image) if image.mode == "CMYK" else image).convert(kept)))
+
+
 def from_channels(pixels, metadata):
     """H×W×1 to 4 channels, grey or RGB, without or with alpha -> Picture."""
     colours, alpha = (pixels, None) if pixels.shape[2] % 2 else (pixels[..., :-1], pixels[..., -1].copy())
@@ -128,26 +138,21 @@ def read_file(path):
         logger.info("%s: only the first of its %d frames was read", path, frames)
     mode, transparency = picture.mode, picture.info.get("transparency")
     if mode.startswith("I"):
-        deep = deep_grey(picture)[..., None]
+        deep = channels_of(picture)
     elif deep is not None:
         deep = UPRIGHT.get(turned, UPRIGHT[1])(deep)
     if deep is not None:
         if transparency is not None:  # PNG's, a colour
             deep = np.dstack([deep, np.where((deep == transparency).all(axis=2), np.uint16(0), np.uint16(65535))])
         return from_channels(deep, info)
-    if mode == "CMYK":
-        picture = to_srgb(picture)
+    pixels = channels_of(picture)
     if mode not in KEPT_MODES:
         info.pop("icc_profile", None)  # it describes other colours than RGB
-    kept = "L" if mode in ("1", "L", "LA", "La") else "RGB"
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparency is not None:
-        kept += "A"
-    pixels = np.asarray(picture.convert(kept))
     if reduced:
         logger.info("%s: only the upper 8 of its bits were kept", path)
     if mode not in ("1", "L", "LA", "RGB", "RGBA"):
         logger.info("%s: its mode %s was converted to RGB", path, mode)
-    return from_channels(np.atleast_3d(pixels), info)
+    return from_channels(pixels, info)
 
 
 def read_picture(path):
@@ -167,7 +172,14 @@ def read_picture(path):
 
 def to_grey(pixels):
     """H×W×3 -> H×W, the mean of what the network made of three equal channels."""
-    return pixels.mean(axis=2).round().astype(pixels.dtype)
+    mean = pixels.mean(axis=2)
+    return (mean.round() if np.issubdtype(pixels.dtype, np.integer) else mean).astype(pixels.dtype)
+
+
+def to_channels(picture):
+    """Picture -> H×W grey, or H×W×2 to 4 with grey or RGB, without or with alpha."""
+    pixels = to_grey(picture.pixels) if picture.grey else picture.pixels
+    return pixels if picture.alpha is None else np.dstack([pixels, picture.alpha])
 
 
 def png_chunk(name, content):
@@ -258,13 +270,9 @@ def in_png(path):
 def write_picture(path, picture, quality=QUALITY):
     """Writes a Picture in the format of the path's ending, one of KEEPABLE. What that cannot hold becomes a PNG file of
     that name with .png behind it, and the log says so. A file is replaced only once the new one is complete."""
-    path, pixels = Path(path), picture.pixels
-    if picture.grey:
-        pixels = to_grey(pixels)
-    if picture.alpha is not None:
-        if picture.grey and pixels.dtype == np.uint16:  # no writer knows that kind
-            pixels = np.dstack([pixels] * 3)
-        pixels = np.dstack([pixels, picture.alpha])
+    path, pixels = Path(path), to_channels(picture)
+    if pixels.shape[2:] == (2,) and pixels.dtype == np.uint16:  # no writer knows that kind
+        pixels = pixels[..., [0, 0, 0, 1]]
     for target, metadata in itertools.product((path, in_png(path)), (picture.metadata, {})):
         try:
             content = encode(pixels, target.suffix.lower(), quality, metadata)

@@ -1,17 +1,22 @@
 """Deraining pictures of any size: by the windows of the published test procedure, by blended tiles, or whole."""
 
+import functools
 import itertools
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from model import MULTIPLE
+from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.devices import choose_device
 from utils.errors import UserError
-from utils.formats import read_picture
+from utils.formats import channels_of, from_channels, read_picture, to_channels, write_picture
 from utils.images import reflect_pad, to_image, to_tensor
 
 MODES = ("window", "tile", "whole")
@@ -246,3 +251,51 @@ class Derainer:
     def __call__(self, image):
         """Derains one picture."""
         return next(self.pictures([(None, image)]))[1]
+
+
+@functools.lru_cache(maxsize=1)
+def load_derainer(weights, changed, gpus, options):
+    """The Derainer of a checkpoint; `changed`, its time of change, keeps a newer one from being taken for it."""
+    net = load_network(weights).to(choose_device(gpus), memory_format=torch.channels_last)
+    return Derainer(net.eval(), **dict(options))
+
+
+def derain(
+    image: np.ndarray | Image.Image | str | os.PathLike,
+    weights: str | os.PathLike = OWN_WEIGHTS,
+    output: str | os.PathLike | None = None,
+    gpus: str | None = None,
+    **options,
+) -> np.ndarray | Image.Image | Path:
+    """Derains a picture and returns one of the same kind. For many files, clips or networks use Derainer itself, which
+    test.py does too.
+
+    Args:
+        image: an array H×W, H×W×1 to 4 (grey or RGB, the last of 2 or 4 is alpha, which stays as it is), uint8, uint16
+            or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written as PNG,
+            or what `output` ends with, and whose path is returned
+        weights: a checkpoint, by default this repository's own; it stays loaded for the next call
+        output: where the result of a file goes, by default results/<its name>.png
+        gpus: number of the GPU, or "cpu"; by default a GPU if there is one
+        options: mode, window, bf16, ensemble and fused, as Derainer takes them
+
+    Raises UserError for a file that cannot be read or written, and ValueError for an array of another kind.
+    """
+    changed = os.stat(weights).st_mtime_ns if os.path.exists(weights) else None
+    derainer = load_derainer(os.fspath(weights), changed, gpus, tuple(sorted(options.items())))
+    if isinstance(image, str | os.PathLike):
+        picture, output = read_picture(image), Path(output or Path("results", Path(image).stem + ".png"))
+        write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
+        return output
+    if isinstance(image, Image.Image):
+        return Image.fromarray(derain_array(derainer, channels_of(ImageOps.exif_transpose(image))))
+    return derain_array(derainer, image).reshape(image.shape)
+
+
+def derain_array(derainer, pixels):
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape or not 1 <= np.atleast_3d(pixels).shape[2] <= 4:
+        raise ValueError(f"expected a picture, H×W or H×W×1 to 4; not an array of shape {pixels.shape}")
+    if pixels.dtype not in (np.uint8, np.uint16) and not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"expected values of type uint8, uint16 or floating-point in [0, 1], not {pixels.dtype}")
+    picture = from_channels(np.atleast_3d(pixels), {})
+    return to_channels(picture._replace(pixels=derainer(picture.pixels)))
