@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, inference, loader, pictures, pipeline, sizes, training
+from benchmarks import common, inference, loader, pictures, pipeline, seams, sizes, training
 from dataset_RGB import Photo
 from model import MultiscaleNet
 from utils.images import write_png
@@ -81,3 +81,22 @@ def test_a_size_is_measured(monkeypatch):
     monkeypatch.setattr(sizes.model, "nerd_rain_s", lambda: MultiscaleNet(8, (1, 1, 1)))
     seconds, memory = sizes.derain_once("nerd_rain_s", 300, "cpu")
     assert seconds > 0 and memory >= 0
+
+
+def test_windows_that_shift_colours_leave_seams_and_tiles_do_not():
+    def net(x):  # channel attention, too, makes results depend on all of a window
+        return [x + 0.3 * x.mean(dim=(1, 2, 3), keepdim=True)]
+
+    def constant():
+        yield torch.zeros(1)
+
+    net.parameters = constant
+    slope = np.broadcast_to(np.linspace(0, 0.6, 200, dtype=np.float32)[:, None, None], (200, 160, 3))
+    window, tile = seams.compare(net, [slope], 64)
+    assert window["steps where they meet"] > 5 * tile["steps where they meet"] > 0
+    assert window["ratio"] > 100
+
+
+def test_windows_meet_and_tiles_overlap_where_they_should():
+    assert np.flatnonzero(seams.meeting_places("window", 150, 64)).tolist() == [63, 127]
+    assert np.flatnonzero(seams.meeting_places("tile", 120, 64)).tolist() == list(range(55, 64))
