@@ -1,6 +1,7 @@
 """Pictures too large to be held in memory: read, derained and written a band of rows at a time, with libvips."""
 
 import logging
+import math
 import tempfile
 
 import numpy as np
@@ -24,15 +25,20 @@ METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings 
 logger = logging.getLogger(__name__)
 
 
-def is_huge(path):
-    """Whether a file's header announces more than HUGE pixels."""
+def announced_pixels(path):
+    """-> how many pixels a file's header announces; infinity where Pillow refuses to open so many."""
     try:
         with Image.open(path) as file:
-            return file.width * file.height > HUGE
+            return file.width * file.height
     except Image.DecompressionBombError:
-        return True
+        return math.inf
     except Exception:  # what is wrong with the file is said when it is read
-        return False
+        return 0
+
+
+def is_huge(path):
+    """Whether a file's header announces more than HUGE pixels."""
+    return announced_pixels(path) > HUGE
 
 
 class Bands:
