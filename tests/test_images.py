@@ -113,6 +113,14 @@ def test_interrupted_writes_leave_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_files_whose_long_names_begin_alike_are_written_at_the_same_time(tmp_path):
+    names = [f"{'雨' * 75}{letter}.png" for letter in "ab"]
+    with atomic_write(tmp_path / names[0]) as first, atomic_write(tmp_path / names[1]) as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"first", b"second"]
+
+
 def test_folders_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/a.png cannot be written .*: free some space or choose another folder"):

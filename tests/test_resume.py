@@ -60,11 +60,11 @@ def test_a_run_killed_at_20_random_moments_goes_on(options, tmp_path):
             assert run.poll() is None, run.stdout.read()
             time.sleep(0.01)
         time.sleep(random_moments.uniform(0, 0.8))
-        while number % 2 and not list(folder.glob(".model_latest.pth.tmp")):  # every other time, while it saves
+        while number % 2 and not list(folder.glob(".model_latest.pth.*.tmp")):  # every other time, while it saves
             assert run.poll() is None, run.stdout.read()
         os.kill(run.pid, signal.SIGKILL)  # its data-loading process has to notice by itself
         assert run.wait() == -signal.SIGKILL
-        saving += bool(list(folder.glob(".model_latest.pth.tmp")))
+        saving += bool(list(folder.glob(".model_latest.pth.*.tmp")))
     assert saving >= 4
     train.main(options)
     train.main([*options, "--session", "b"])

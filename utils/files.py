@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 from utils.errors import UserError
@@ -27,7 +28,8 @@ def atomic_path(path, previous=None):
     needed. A full disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name can be as long as names may be
+    mark = zlib.crc32(os.fsencode(path.name))  # names that begin alike are written at the same time
+    temporary = path.with_name(f".{path.name[:60]}.{mark:08x}.tmp")  # a name can be as long as names may be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
