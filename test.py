@@ -30,7 +30,7 @@ from utils.devices import (
 )
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
-from utils.formats import KEEPABLE, QUALITY, write_picture
+from utils.formats import KEEPABLE, QUALITY, in_png, write_picture
 from utils.huge import derain_huge, is_huge
 from utils.images import contact_sheet, eight_bits, find_pictures, read_image, write_png
 from utils.inference import MODES, WINDOW, Derainer
@@ -117,17 +117,26 @@ def results_of(found, output_dir, keep_format):
             yield path, (output_dir / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
 
 
+def forms(output):
+    """-> what a result may become: the file of its name, and the PNG beside it where its format cannot hold it."""
+    return (output,) if output.suffix.lower() == ".png" else (output, in_png(output))
+
+
 def without_clashes(wanted, kept):
     """What to derain of (input path, result path): no result may overwrite another or one of the files `kept` -> dicts
     of input path -> result path, and of input path -> why it cannot be done."""
-    inputs, problems = {}, {}  # inputs: result path -> input path
+    outputs, inputs, problems = {}, {}, {}  # inputs: what a result may become -> input path
     kept = set(map(realpath, kept))
     for path, output in wanted:
-        if realpath(output) in kept:
-            problems[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
-        elif inputs.setdefault(output, path) != path:
-            problems[path] = f"{path} and {inputs[output]} would both become {output}: rename one of them."
-    return {path: output for output, path in inputs.items()}, problems
+        for name in forms(output):
+            if realpath(name) in kept:
+                problems[path] = f"{path}: its result would overwrite {name}, choose another --output_dir."
+            elif inputs.get(name, path) != path:
+                problems[path] = f"{path} and {inputs[name]} could both become {name}: rename one of them."
+        if path not in problems:
+            outputs[path] = output
+            inputs |= dict.fromkeys(forms(output), path)
+    return outputs, problems
 
 
 def find_targets(found, targets, target_root):
@@ -217,7 +226,8 @@ def main(argv=None):
     clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
     problems |= clip_problems
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
-    done = {path: output for path, output in outputs.items() if args.skip_existing and output.exists()}
+    there = {path: list(filter(Path.exists, forms(output))) for path, output in outputs.items()}
+    done = {path: files[0] for path, files in there.items() if args.skip_existing and files}
     done = from_first_process(done)  # others may start later, when there are more
     new = {path: output for path, output in outputs.items() if path not in done}
     if rank == 0:

@@ -180,6 +180,22 @@ def test_existing_results_are_kept_on_request_and_measured(run, tmp_path):
     assert not np.array_equal(read_image(tmp_path / "out" / "1.png"), read_image(pairs / "target" / "1.png"))
 
 
+def test_a_result_that_became_png_is_found_again_and_shares_its_name_with_no_other(run, tmp_path, caplog):
+    Image.new("RGBA", (20, 24)).save(tmp_path / "in.png")
+    for name in ("a.jpg", "b.jpg"):  # with alpha, which JPEG does not hold
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes((tmp_path / "in.png").read_bytes())
+    assert run(tmp_path / "in", "--keep_format") == ["a.jpg.png", "b.jpg.png"]
+    caplog.clear()
+    run(tmp_path / "in", "--keep_format", "--skip_existing", "--target_dir", str(tmp_path / "in"))
+    assert not caplog.records
+    write_png(tmp_path / "in" / "a.jpg.png", np.full((30, 40, 3), 99, np.uint8))
+    for options in ((), ("--skip_existing",)):
+        message = failure(run, tmp_path / "in", "--keep_format", *options)
+        assert "a.jpg.png and" in message and "a.jpg could both become" in message and "1 files" in message
+        assert read_image(tmp_path / "out" / "a.jpg.png").shape == (24, 20, 3)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_pictures_are_shared_out_by_size_and_each_once(tmp_path, world):
     paths = [tmp_path / f"{i}" for i in range(40)]
