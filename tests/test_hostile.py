@@ -1,5 +1,6 @@
 """What people feed to test.py without meaning to, and what becomes of it."""
 
+import errno
 import io
 import os
 import struct
@@ -100,9 +101,30 @@ def test_unreadable_files_and_folders_are_named(tmp_path, narrow_weights):
         (tmp_path / folder / "a.png").write_bytes(encoded())
     (tmp_path / "in" / "a.png").chmod(0)
     (tmp_path / "in" / "locked").chmod(0)
-    with pytest.raises(SystemExit, match="cannot be"):
-        script.main(["--input_dir", str(tmp_path / "in"), "--weights", str(narrow_weights), "--output_dir", "out"])
+    paths = ["--input_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"a.png cannot be read .*Permission denied[\s\S]*locked cannot be read"):
+        script.main([*paths, "--weights", str(narrow_weights)])
     (tmp_path / "in" / "locked").chmod(0o700)
+
+
+def test_locked_folders_do_not_lose_the_others(tmp_path, narrow_weights, monkeypatch):
+    for folder in ("in", "in/locked"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(encoded())
+    scandir, locked = os.scandir, str(tmp_path / "in" / "locked")
+
+    def refuse(path):  # also to root, who may read everything
+        if os.fspath(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    options = ["--weights", str(narrow_weights), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="locked cannot be read as a picture"):
+        script.main(["--input_dir", str(tmp_path / "in"), *options])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    with pytest.raises(SystemExit, match=r"locked cannot be used .Permission denied"):
+        script.main(["--input_dir", locked, *options])
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,17 @@ def is_picture(path):
     return named and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
+def pictures_in(tree):
+    """Yields the pictures in a folder tree, and those of its folders that cannot be read: reading them will say so."""
+    locked = []
+    for folder, _, names in os.walk(tree, onerror=locked.append):
+        yield from filter(is_picture, (Path(folder, name) for name in names))
+    for error in locked:
+        if Path(error.filename) == Path(tree):
+            raise error
+        yield Path(error.filename)
+
+
 def holds_pictures(folder):
     """Whether a folder is there, with a picture in its tree."""
     return Path(folder).is_dir() and any(is_picture(path) for path in Path(folder).rglob("*"))
@@ -35,7 +47,7 @@ def find_pictures(source):
     """
     path = Path(source)
     if path.is_dir():
-        root, found = path, [p for p in path.rglob("*") if is_picture(p)]
+        root, found = path, list(pictures_in(path))
     elif path.is_file():
         root, found = path.parent, [path]
     elif glob.has_magic(str(source)):
