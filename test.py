@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node 4 test.py --input_dir album/ --skip_exist
 """
 
 import argparse
+import signal
 import sys
 from datetime import timedelta
 from itertools import chain
@@ -209,8 +210,15 @@ def share(outputs, rank, world):
     return {path: output for path, output in outputs.items() if path in mine}
 
 
+def stop(number, _):
+    """Ends the process after SIGTERM, which torchrun also sends where another process was lost."""
+    print("stopped: what was finished is kept. With --skip_existing the same command does the rest.", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 @reports_errors
 def main(argv=None):
+    signal.signal(signal.SIGTERM, stop)
     args = parse_args(argv)
     device, rank, world = start_processes(args.gpus, patience=timedelta(days=30))
     net = load_network(args.weights)

@@ -1,4 +1,5 @@
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,21 @@ from utils.images import read_image, write_png
 from utils.inference import Derainer
 
 ROOT = Path(__file__).parent.parent
+ENDED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import test as script
+
+def write_picture(path, picture, quality):
+    rank = os.environ.get("RANK")
+    if rank in (None, "1") and any(path.parent.glob("*.png")):
+        os.kill(os.getpid(), signal.SIGKILL if rank else signal.SIGTERM)
+    time.sleep(1)
+    write(path, picture, quality)
+
+write, script.write_picture = script.write_picture, write_picture
+script.main()
+"""
 
 
 @pytest.fixture
@@ -194,6 +210,37 @@ def test_a_result_that_became_png_is_found_again_and_shares_its_name_with_no_oth
         message = failure(run, tmp_path / "in", "--keep_format", *options)
         assert "a.jpg.png and" in message and "a.jpg could both become" in message and "1 files" in message
         assert read_image(tmp_path / "out" / "a.jpg.png").shape == (24, 20, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_names_that_are_not_unicode_are_measured_and_printed(tmp_path, narrow_weights):
+    name = os.fsdecode("雨.png".encode("shift-jis"))  # from a zip file
+    write_png(tmp_path / "in" / name, np.zeros((20, 24, 3), np.uint8))
+    options = ["--input_dir", tmp_path / "in", "--target_dir", tmp_path / "in", "--output_dir", tmp_path / "out"]
+    run = subprocess.run(
+        [sys.executable, "test.py", *options, "--weights", narrow_weights],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "\\udc89J.png" in run.stdout
+    assert os.fsencode(name) in (tmp_path / "out" / "psnr_ssim.csv").read_bytes()
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]])
+def test_sigterm_and_lost_processes_end_with_a_sentence_and_leave_nothing_half(tmp_path, narrow_weights, launcher):
+    script = tmp_path / "ended.py"
+    script.write_text(ENDED.format(root=str(ROOT)))
+    make_pairs(tmp_path, count=6)
+    options = ["--input_dir", tmp_path / "input", "--output_dir", tmp_path / "out", "--weights", narrow_weights]
+    command = [sys.executable, *launcher, script, *options, "--gpus", "cpu", "--win_size", "32"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert run.returncode == (1 if launcher else 143)  # torchrun's own
+    assert "stopped: what was finished is kept. With --skip_existing" in run.stderr
+    results = list((tmp_path / "out").iterdir())
+    assert 1 <= len(results) < 6 and all(path.suffix == ".png" for path in results)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

@@ -33,6 +33,7 @@ def reports_errors(main):
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, which stderr shows so anyway
         logging.basicConfig(format="%(message)s")
         logging.getLogger("utils").setLevel(logging.INFO)
         try:

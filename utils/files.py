@@ -81,7 +81,7 @@ def disk_failed(error):
 
 def write_text(path, text):
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # names that are not UTF-8, as they are
 
 
 def write_csv(path, header, rows):
