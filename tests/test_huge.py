@@ -102,6 +102,32 @@ def test_what_fails_is_named_and_leaves_nothing(derainer, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from model import MultiscaleNet
+from utils.huge import derain_huge
+from utils.inference import Derainer
+
+class Killed(Derainer):
+    def stream(self, pictures):
+        yield next(super().stream(pictures))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+derain_huge(Killed(MultiscaleNet(8, (1, 1, 1)), window=32), Path(sys.argv[1]), Path(sys.argv[2]), 95)
+"""
+
+
+def test_what_a_killed_run_left_is_replaced(derainer, tmp_path):
+    write_picture(tmp_path / "a.png", Picture(noise(100, 80, 3)))
+    output = tmp_path / "out" / "a.png"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a.png", output], cwd=ROOT, check=False)
+        assert len(list(output.parent.iterdir())) == 1 and not output.exists()
+    derain_huge(derainer, tmp_path / "a.png", output, 95)
+    assert list(output.parent.iterdir()) == [output]
+
+
 def test_missing_libvips_is_named(derainer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyvips", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-extras.txt"):

@@ -1,5 +1,6 @@
 """Pictures too large to be held in memory: read, derained and written a band of rows at a time, with libvips."""
 
+import contextlib
 import logging
 import math
 import tempfile
@@ -98,9 +99,20 @@ def holding(output, image):
     return output
 
 
+@contextlib.contextmanager
+def scratch(path):
+    """Yields a file of that name, opened for writing, which vanishes in the end."""
+    try:
+        with open(path, "wb") as file:
+            yield file
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def derain_huge(derainer, path, output, quality):
     """Derains a picture file into one of the output's ending; its colours, alpha and metadata are treated as in
-    utils/formats.py. The result lies beside the output, uncompressed, until it is whole. Raises UserError."""
+    utils/formats.py. The result lies beside the output, uncompressed, until it is whole; the next call replaces what a
+    killed one left. Raises UserError."""
     if derainer.mode == "whole":
         raise UserError(f"{path} is too large for --mode whole: leave that away.")
     try:
@@ -112,7 +124,7 @@ def derain_huge(derainer, path, output, quality):
             raise UserError(
                 f"{path} is too narrow for windows of {derainer.window} pixels: choose a smaller --win_size."
             )
-        with atomic_path(output) as result, tempfile.NamedTemporaryFile(dir=output.parent) as raw:
+        with atomic_path(output) as result, scratch(result.with_suffix(".raw")) as raw:
             for _, rows in derainer.stream([(path, bands)]):
                 raw.write((to_grey(rows) if grey else rows).tobytes())
             raw.flush()
