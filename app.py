@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import EpsImagePlugin, Image
 
-from test import derain_all, plan
+from test import derain_all, results_of, without_clashes
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device
 from utils.errors import UserError, listed, out_of_memory, reports_errors, sentence
@@ -27,7 +27,7 @@ from utils.formats import QUALITY
 from utils.huge import HUGE, announced_pixels
 from utils.images import is_picture, read_image
 from utils.inference import LARGE, MODES, Derainer
-from utils.video import Clip, derain_clips, split_clips
+from utils.video import Clip, derain_clips, result_path, split_clips
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # read while it is imported
 try:
@@ -138,9 +138,11 @@ def derain_uploads(uploads, work, weights, device, mode, megapixels, watch):
     """
     results = work / "results"
     clips, found, problems = find_uploads(uploads, work)
-    outputs, refused = plan(found, results, [])
+    outputs, refused = without_clashes(results_of(found, results, keep_format=False), [])
     refused |= {path: why for path in outputs if (why := too_large(path, mode, megapixels))}
     outputs = {path: output for path, output in outputs.items() if path not in refused}
+    clips, clashes = without_clashes([(clip, result_path(clip, results)) for clip in clips], [])
+    refused |= clashes
     frames = {}
     for path in clips:
         try:
@@ -150,7 +152,7 @@ def derain_uploads(uploads, work, weights, device, mode, megapixels, watch):
                     refused[path] = f"{path} has frames of more than {megapixels} megapixels: make it smaller."
         except UserError as error:
             refused[path] = str(error)
-    clips = [path for path in clips if path not in refused]
+    clips = {path: output for path, output in clips.items() if path not in refused}
     total = len(outputs) + sum(frames[path] for path in clips)
     problems += refused.values()
 
@@ -160,7 +162,7 @@ def derain_uploads(uploads, work, weights, device, mode, megapixels, watch):
         try:
             for _, failure in derain_all(derainer, outputs, {}, QUALITY):
                 problems += [sentence(failure)] if failure else []
-            problems += derain_clips(clips, results, derainer, weights, (mode,)).values()
+            problems += derain_clips(clips, derainer, weights, (mode,)).values()
         except Stopped as error:
             problems.append(str(error))
     for unfinished in results.glob("*.parts"):  # of clips

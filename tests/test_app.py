@@ -113,7 +113,7 @@ def test_what_cannot_be_done_does_not_lose_the_others(derain, tmp_path, png):
     assert names == ["a.png"]
     text = "\n".join(problems)
     assert "broken.jpg cannot be read as a picture" in text and "broken.zip cannot be read as a zip file" in text
-    assert "large.png has more than 1 megapixels" in text and "would both become a.png: rename one" in text
+    assert "large.png has more than 1 megapixels" in text and "could both become a.png: rename one" in text
     assert len(problems) == 4 and str(tmp_path) not in text
 
 

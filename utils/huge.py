@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import tempfile
 
 import numpy as np
 from PIL import Image
