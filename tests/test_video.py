@@ -297,6 +297,41 @@ def test_a_clip_with_a_hole_is_derained_around_it(derain, tmp_path):
         assert 30 < len(times(derain(clip, problem="is damaged or cut off"))) < 40
 
 
+@pytest.mark.parametrize("damage", ["sound", "all sound"])
+def test_damaged_sound_does_not_lose_the_pictures(derain, tmp_path, damage):
+    clip = write_clip(tmp_path / "clip.ts", pictures(30), sound="aac")
+    with av.open(str(clip)) as container:
+        stream = container.streams.audio[0].id
+    data = bytearray(clip.read_bytes())
+    packets = [start for start in range(0, len(data), 188) if (data[start + 1] & 31) << 8 | data[start + 2] == stream]
+    for start in packets if damage == "all sound" else packets[5::3]:
+        data[start + 1 : start + 3] = b"\x1f\xff"  # becomes padding
+    clip.write_bytes(data)
+    for _ in range(2):  # it does not pass for whole the second time
+        result = derain(clip, problem="is damaged or cut off")
+        assert len(times(result)) == 30
+    with av.open(str(result)) as container:
+        assert len(container.streams.audio) == (damage == "sound")
+
+
+def test_names_of_clips_are_as_long_as_names_may_be(derain, tmp_path):
+    clip = write_clip(tmp_path / f"{'雨' * 83}.mp4", pictures(3))
+    assert len(times(derain(clip))) == 3
+
+
+def test_a_clip_that_vanishes_or_breaks_the_library_does_not_lose_the_others(derain, tmp_path, monkeypatch):
+    derain(tmp_path / "gone.mp4", problem="gone.mp4 cannot be derained (No such file")
+    clip, encode = write_clip(tmp_path / "clip.mp4", pictures(3)), video.write_segment
+
+    def fail(*_):
+        raise av.error.InvalidDataError(1, "a bug")
+
+    monkeypatch.setattr(video, "write_segment", fail)
+    derain(clip, problem="clip.mp4 cannot be derained (a bug)")
+    monkeypatch.setattr(video, "write_segment", encode)
+    assert len(times(derain(clip))) == 3
+
+
 def test_what_is_no_video_is_named(derain, tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     derain(tmp_path / "text.mp4", problem="text.mp4 cannot be read as a video (Invalid data")

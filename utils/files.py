@@ -19,6 +19,11 @@ except ImportError:  # Windows
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
+def short_name(name):
+    """-> a name that stands for a file's, which can be as long as names may be, and leaves room for an ending."""
+    return f"{name[:55]}.{zlib.crc32(os.fsencode(name)):08x}"  # names that begin alike are used at the same time
+
+
 @contextlib.contextmanager
 def atomic_path(path, previous=None):
     """Yields another name in the same folder for a file that takes the place of `path` when the block ends well, and
@@ -28,8 +33,7 @@ def atomic_path(path, previous=None):
     needed. A full disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
-    mark = zlib.crc32(os.fsencode(path.name))  # names that begin alike are written at the same time
-    temporary = path.with_name(f".{path.name[:60]}.{mark:08x}.tmp")  # a name can be as long as names may be
+    temporary = path.with_name(f".{short_name(path.name)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError, sentence
-from utils.files import atomic_write, disk_failed
+from utils.files import atomic_write, disk_failed, short_name
 from utils.images import is_picture, peak_value
 
 try:
@@ -179,7 +179,9 @@ def write_segment(path, results, like, clip):
 
 
 def join(segments, path, output, comment):
-    """Writes segments as one file, with a comment and with the sound of the clip `path`, which is copied as it is."""
+    """Writes segments as one file, with a comment and with the sound of the clip `path`, which is copied as it is
+    -> whether the container took all of it. Of damaged sound it refuses packets, which are left out."""
+    whole = True
     with (
         Clip(path) as clip,
         av.open(segments[0]) as first,
@@ -191,6 +193,9 @@ def join(segments, path, output, comment):
         video.codec_context.framerate = clip.rate
         tracks = {}
         for track in clip.container.streams.audio:
+            if not getattr(track, "sample_rate", None):  # none of its packets could be read, or its kind is unknown
+                whole = False
+                continue
             try:
                 tracks[track] = target.add_stream_from_template(track)
             except ValueError:
@@ -213,7 +218,13 @@ def join(segments, path, output, comment):
 
         sound = ((tracks[packet.stream], packet) for packet in clip.packets() if packet.stream in tracks)
         for packet in heapq.merge(timed(pictures()), timed(sound), key=lambda packet: packet.pts * packet.time_base):
-            target.mux(packet)
+            try:
+                target.mux(packet)
+            except av.FFmpegError as error:
+                if packet.stream is video or isinstance(error, OSError):  # such as a full disk's
+                    raise
+                whole = False
+    return whole
 
 
 def is_derained(output, digest):
@@ -236,9 +247,10 @@ def derain_clip(path, output, derainer, digest, damp):
 
     Raises UserError for what is no video, and for a damaged one, of which what can be read is derained.
     """
-    work = output.with_name(f"{output.name}.{digest}.parts")
+    name = short_name(output.name)
+    work = output.with_name(f"{name}.{digest}.parts")
     complete = is_derained(output, digest)
-    for folder in output.parent.glob(f"{glob.escape(output.name)}.{'[0-9a-f]' * len(digest)}.parts"):
+    for folder in output.parent.glob(f"{glob.escape(name)}.{'[0-9a-f]' * len(digest)}.parts"):
         if complete or folder != work:
             shutil.rmtree(folder)
     if complete:
@@ -260,9 +272,12 @@ def derain_clip(path, output, derainer, digest, damp):
             segment = itertools.chain([first], itertools.islice(results, SEGMENT - 1))
             write_segment(work / f"{done:06}.nut", segment, like, clip)
             done += 1
-    join(sorted(work.glob("*.nut")), path, output, "" if clip.damaged else digest)
+    segments = sorted(work.glob("*.nut"))
+    whole = not clip.damaged and join(segments, path, output, digest)
+    if not whole:
+        join(segments, path, output, "")
     shutil.rmtree(work)
-    if clip.damaged:
+    if not whole:
         raise UserError(f"{path} is damaged or cut off: {output} holds what could be read of it.")
 
 
@@ -284,4 +299,6 @@ def derain_clips(outputs, derainer, weights, settings, damp=False):
             if disk_failed(error):
                 raise
             problems[path] = sentence(error)
+        except (av.FFmpegError, OSError) as error:
+            problems[path] = f"{path} cannot be derained ({error.strerror}): convert or remove it."
     return problems
