@@ -80,6 +80,8 @@ def test_pictures_are_found_in_files_trees_and_patterns(tmp_path):
     assert names(tmp_path / "a.jpg") == ["a.jpg"]
     assert names(tmp_path / "*.*") == ["a.jpg", "b.PNG"]
     assert names(f"{tmp_path}/**/*.webp") == ["sub/c.webp"]
+    with pytest.raises(UserError, match="an empty name"):
+        find_pictures("")
     with pytest.raises(UserError, match="does not exist"):
         find_pictures(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no pictures"):

@@ -386,3 +386,14 @@ def test_training_starts_from_averaged_weights(options, tmp_path, narrow_weights
     args = train.parse_args([*options, "--pretrain_weights", str(tmp_path / "both.pth")])
     net = train.make_network(args, tmp_path / "latest.pth", None)
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_is_named(options, tmp_path):
+    session(tmp_path).mkdir(parents=True)
+    (session(tmp_path) / "runs.jsonl").symlink_to("/dev/full")
+    assert fails(
+        options
+    ) == f"error: {session(tmp_path) / 'runs.jsonl'} cannot be written (No space left on device): " + (
+        "free some space."
+    )

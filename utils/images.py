@@ -46,6 +46,8 @@ def find_pictures(source):
     Raises UserError if there are none.
     """
     path = Path(source)
+    if not str(source):
+        raise UserError('an empty name stands for no picture: give a picture or a folder, "." for this one.')
     if path.is_dir():
         root, found = path, list(pictures_in(path))
     elif path.is_file():
@@ -58,7 +60,10 @@ def find_pictures(source):
             f"{source} does not exist: give a picture, a folder or a quoted pattern such as 'photos/*.jpg'."
         )
     if not found:
-        raise UserError(f"{source} holds no pictures: the endings looked for are {' '.join(sorted(EXTENSIONS))}.")
+        raise UserError(
+            f"{source} holds no pictures: the endings looked for are {' '.join(sorted(EXTENSIONS))}. Clips are "
+            "given by name or quoted pattern, such as 'holiday/*.mp4'."
+        )
     return sorted(found), root
 
 

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from utils.environment import software
+from utils.errors import UserError
 from utils.files import atomic_write
 
 
@@ -26,6 +27,15 @@ def describe(arguments, device, processes):
     }
 
 
+def append(path, content):
+    """Adds a line of JSON to a file. Raises UserError if that cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
+
+
 class RunLog:
     """Writes runs.jsonl (a line per start), log.jsonl (a line per epoch) and TensorBoard files into a folder.
 
@@ -40,14 +50,12 @@ class RunLog:
         if kept != lines:
             with atomic_write(self.path) as file:
                 file.write("".join(kept).encode())
-        with open(folder / "runs.jsonl", "a") as file:
-            file.write(json.dumps(description) + "\n")
+        append(folder / "runs.jsonl", description)
         self.board = SummaryWriter(folder, purge_step=steps_done)
 
     def epoch(self, line, step):
         """Logs an epoch: `line` maps names to numbers, "epoch" among them."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path, line)
         for name, value in line.items():
             self.board.add_scalar(f"epoch/{name}", value, step)
 
