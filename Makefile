@@ -18,7 +18,7 @@ demo: $(VENV)/.requirements.txt
 test: $(VENV)/.requirements-dev.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.requirements-dev.txt
 	$(BIN)/python -m pytest -m slow
