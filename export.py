@@ -66,9 +66,9 @@ def to_onnx(net, size=None, half=False):
         input_names=["rainy"],
         output_names=["derained"],
         opset_version=OPSET,
+        optimize=True,
         verbose=False,
     )
-    program.optimize()
     content = program.model_proto
     if half:
         content = convert_float_to_float16(content, keep_io_types=True, op_block_list=FLOAT32_OPERATORS)
