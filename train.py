@@ -98,13 +98,7 @@ def parse_args(argv=None):
     add("ablation", choices=ABLATIONS, help=f"preset of session and of the options after it: {names}", metavar="NAME")
     add("dim", type=int, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")
     add("num_blocks", nargs=3, type=int, metavar="N", help="its blocks at level 1, 2 and the latent (default: 2 3 3)")
-    add(
-        "passes",
-        nargs=3,
-        type=int,
-        metavar="N",
-        help="passes over 1/4, 1/2 and full size (default: 1 2 3)",
-    )
+    add("passes", nargs=3, type=int, metavar="N", help="over the images at 1/4, 1/2 and full size (default: 1 2 3)")
     add("inr", choices=model.INRS, help="implicit neural representation (default: published)")
     add("feedback", choices=model.FEEDBACKS, help="from finer to coarser scales (default: bfpu)")
     add("own_reduce", False, "pass 3 has a layer of its own that is pass 2's as published", action="store_true")
