@@ -16,15 +16,14 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
 from PIL import EpsImagePlugin, Image
 
 from test import derain_all, results_of, without_clashes
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.errors import UserError, listed, out_of_memory, reports_errors, sentence
-from utils.formats import QUALITY
-from utils.huge import HUGE, announced_pixels
+from utils.formats import QUALITY, announced_pixels
+from utils.huge import HUGE
 from utils.images import is_picture, read_image
 from utils.inference import LARGE, MODES, Derainer
 from utils.video import Clip, derain_clips, result_path, split_clips
@@ -70,7 +69,7 @@ def find_weights(chosen):
     names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.pth")) if path != OWN_WEIGHTS}
     names = {OWN: OWN_WEIGHTS} | names
     first = {path.resolve(): name for name, path in names.items()}.get(chosen.resolve(), str(chosen))
-    return {first: None} | names | {first: chosen}  # in this order
+    return {first: chosen} | (names | {first: chosen})  # the chosen one first
 
 
 def unpack(archive, folder):
@@ -157,7 +156,7 @@ def derain_uploads(uploads, work, weights, device, mode, megapixels, watch):
     problems += refused.values()
 
     if total:
-        net = load_network(weights).to(device, memory_format=torch.channels_last).eval()
+        net = load_network(weights).to(device)
         derainer = Watched(net, mode, lambda done: watch(done, total))
         try:
             for _, failure in derain_all(derainer, outputs, {}, QUALITY):
@@ -207,16 +206,15 @@ def build(device, weights, megapixels, seconds, running):
                 if gone := [path for path in uploads if not Path(path).exists()]:
                     raise UserError(f"{Path(gone[0]).name} has been deleted meanwhile: upload it again.")
                 chosen = None if mode == AUTOMATIC else mode
-                results, pair, problems = derain_uploads(
-                    *(uploads, work, weights[name], device, chosen, megapixels, watch)
-                )
+                derained = derain_uploads(uploads, work, weights[name], device, chosen, megapixels, watch)
+                results, pair, problems = derained
                 if not results:
                     raise UserError("Nothing was derained." + listed(problems, LISTED))
             except UserError as error:
                 message = html.escape(str(error)).replace("\n", "<br>")
                 raise gr.Error(message, duration=None, print_exception=False) from error
             except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise gr.Error("The memory is too small for this: choose mode tile, or a smaller picture.") from error
             finally:
@@ -289,7 +287,7 @@ def parse_args(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
     parser.add_argument("--weights", type=Path, default=OWN_WEIGHTS, help="the checkpoint that is chosen at the start")
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     parser.add_argument("--max_megapixels", type=int, default=24, help="of a picture (default: %(default)s)")
     parser.add_argument("--max_seconds", type=int, default=600, help="of a request's work (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -297,6 +295,8 @@ def parse_args(argv=None):
         parser.error(f"--max_megapixels must lie between 1 and {HUGE // 10**6}; test.py derains larger pictures")
     if args.max_seconds < 1:
         parser.error("--max_seconds must be at least 1")
+    if args.port is not None and not 0 < args.port < 2**16:
+        parser.error(f"--port must lie between 1 and {2**16 - 1}")
     return args
 
 
@@ -326,7 +326,8 @@ def main(argv=None):
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
         except OSError as error:
-            raise UserError(f"{args.host}:{args.port} cannot be used ({error}): choose another --port.") from error
+            where = args.host if args.port is None else f"{args.host}:{args.port}"
+            raise UserError(f"{where} cannot be used ({error}): choose another --host or --port.") from error
         print(f"{url} derains pictures on {device}; Ctrl-C ends it.")
         page.block_thread()
         for stop in list(running.values()):

@@ -143,9 +143,9 @@ def match_by_name(inputs, targets, input_root, target_root):
         # A picture that another rainy one is named after is not the clean one of this, too.
         fitting = [c for c in candidates if c in clean and (c == name or c not in rainy)]
         if fitting:
-            pairs += [Pair(path, clean[fitting[0]][0]) for path in paths]
+            pairs.append(Pair(paths[0], clean[fitting[0]][0]))
         else:
-            problems += [f"{path} has no clean picture in {target_root}" for path in paths]
+            problems.append(f"{paths[0]} has no clean picture in {target_root}")
     return pairs, problems
 
 

@@ -4,8 +4,8 @@
     python export.py --weights model_best.pth --output rain.onnx --size 256 256 --float16
 
 Input "rainy" and output "derained" are N×3×H×W, RGB in [0, 1], float32 whatever the precision inside; results are not
-clamped. H and W are multiples of 16, any ones or those of --size. The command ends with status 1 if the largest
-difference to PyTorch on --pictures is above the limit of its precision.
+clamped. N is free, and H and W are any multiples of 16; with --size they are that, and N is 1. Where the largest
+difference to PyTorch on --pictures is above the limit of the precision, nothing is written and the status is 1.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from utils.inference import WINDOW
 try:
     import onnx
     import onnxruntime
+    import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
     from onnxruntime.transformers.float16 import convert_float_to_float16
 except ImportError:
     onnx = None
@@ -140,13 +141,17 @@ def main(argv=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         content = to_onnx(net, args.size, args.float16)
+    size = "{}×{}".format(*args.size) if args.size else "any multiples of 16"
+    print(f"{network_name(net)}, {precision}, {size}, opset {OPSET}: {len(content.graph.node)} operations")
     with atomic_path(output) as path:
         onnx.save(content, path)
-    size = "{}×{}".format(*args.size) if args.size else "any multiples of 16"
-    print(f"{network_name(net)}, {precision}, {size}, opset {OPSET}: {len(content.graph.node)} operations -> {output}")
-    difference = compare(net, output, pictures, args.size)
-    if not difference < LIMITS[precision]:
-        sys.exit(f"error: {output} differs from PyTorch by {difference:.1e}, more than {LIMITS[precision]:.0e}.")
+        difference = compare(net, path, pictures, args.size)
+        if not difference < LIMITS[precision]:
+            limit = f"{LIMITS[precision]:.0e}"
+            sys.exit(
+                f"error: it differs from PyTorch by {difference:.1e}, more than {limit}: {output} was not written."
+            )
+    print(f"-> {output}")
 
 
 if __name__ == "__main__":

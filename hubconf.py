@@ -28,16 +28,18 @@ def build(name, pretrained, options):
 
 
 def nerd_rain(pretrained=False, **options):
-    """NeRD-Rain: 22,893,146 parameters."""
+    """NeRD-Rain: 22,893,146 parameters. `pretrained`: False, or the data set of the authors' weights, such as
+    "Rain200L"; `options` of model.MultiscaleNet go with False only."""
     return build("NeRD-Rain", pretrained, options)
 
 
 def nerd_rain_s(pretrained=False, **options):
-    """NeRD-Rain-S: 10,530,314 parameters."""
+    """NeRD-Rain-S: 10,530,314 parameters. `pretrained`: False; True for this repository's own weights; or the data set
+    of the authors', such as "Rain200L". `options` of model.MultiscaleNet go with False only."""
     return build("NeRD-Rain-S", pretrained, options)
 
 
 def nerd_rain_mprnet(pretrained=False, **options):
-    """NeRD-Rain-MPRNet: 22,983,411 parameters. The authors' weights are of a data set that they do not name:
-    pretrained="unstated"."""
+    """NeRD-Rain-MPRNet: 22,983,411 parameters. `pretrained`: False, or "unstated", the authors' weights of a data set
+    that they do not name; `options` of model.MultiscaleNet go with False only."""
     return build("NeRD-Rain-MPRNet", pretrained, options)

@@ -88,7 +88,7 @@ class DerainLoss(nn.Module):
                 "charbonnier": sum(charbonnier(x, y) for x, y in scales),
                 "fft": sum(fft_distance(x, y) for x, y in scales),
                 "edge": sum(self.edge_distance(x, y) for x, y in scales),
-                "l1": sum((F.l1_loss(x, clean) for x, clean in renderings), torch.zeros_like(target[0, 0, 0, 0])),
+                "l1": sum((F.l1_loss(x, clean) for x, clean in renderings), target.new_zeros(())),
             }
             return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}
 

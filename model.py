@@ -339,9 +339,14 @@ class MultiscaleNet(nn.Module):
                 f"which the first may be 0; not {inr}, {feedback} and {passes}"
             )
         self.options = {
-            **{"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)},
-            **{"passes": tuple(passes), "inr": inr, "feedback": feedback},
-            **{"own_reduce": own_reduce, "antialias": antialias},
+            "dim": dim,
+            "num_blocks": tuple(num_blocks),
+            "heads": heads and tuple(heads),
+            "passes": tuple(passes),
+            "inr": inr,
+            "feedback": feedback,
+            "own_reduce": own_reduce,
+            "antialias": antialias,
         }
         self.passes, self.inr = dict(zip(SCALES, passes)), inr
         prelu = nn.PReLU() if heads is None else None  # a single slope, shared by the whole network
@@ -464,13 +469,13 @@ class MultiscaleNet(nn.Module):
         """Each scale's first latent is rendered and added to the next scale's image -> Stages."""
         stages, passed_on = Stages({}, {}, {}, {}), 0
         for scale in (scale for scale in SCALES if self.passes[scale]):
-            image = inputs[scale] + passed_on
+            image, passed_on = inputs[scale] + passed_on, 0
             stages.images[scale] = image
             size = tuple(image.shape[2:])
             if self.inr == "own_embedding":
                 features = getattr(self, f"{HEADS[scale]}_embed")(image)
                 stages.renderings[scale] = image = self.render(scale, image, features, size)
-            embedded, passed_on = getattr(self, f"patch_embed_{scale}")(image), 0
+            embedded = getattr(self, f"patch_embed_{scale}")(image)
             stages.first[scale] = self.encode(embedded, scale, 1)
             if self.inr == "own_embedding" or not hasattr(self, HEADS[scale]):
                 continue

@@ -14,7 +14,6 @@ from os.path import join, realpath
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,6 +22,7 @@ from evaluations.metrics import psnr_ssim
 from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
 from utils.devices import (
+    add_gpus,
     end_processes,
     from_all_processes,
     from_first_process,
@@ -61,7 +61,7 @@ def parse_args(argv=None):
         default=OWN_WEIGHTS,
         help="a checkpoint; which network it holds is read from it (default: this repository's own weights)",
     )
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -140,10 +140,17 @@ def without_clashes(wanted, kept):
     return outputs, problems
 
 
+def results_there(outputs):
+    """Of a dict of input path -> result path, those that an earlier run has written, by the names that they got."""
+    there = {path: list(filter(Path.exists, forms(output))) for path, output in outputs.items()}
+    return {path: files[0] for path, files in there.items() if files}
+
+
 def find_targets(found, targets, target_root):
     """-> dict of input path -> clean picture's path, and a list of what has no clean picture."""
-    if len(targets) == 1 and sum(len(paths) for paths, _ in found) == 1:
-        return {found[0][0][0]: targets[0]}, []  # two pictures belong together whatever their names
+    inputs = [path for paths, _ in found for path in paths]
+    if len(inputs) == len(targets) == 1:
+        return dict(zip(inputs, targets)), []  # two pictures belong together whatever their names
     results = [match_by_name(paths, targets, root, target_root) for paths, root in found]
     return {p.input: p.target for pairs, _ in results for p in pairs}, [line for _, lines in results for line in lines]
 
@@ -167,13 +174,13 @@ def compare(path, rainy, derained, target):
 
 
 def derain_all(derainer, outputs, targets, quality):
-    """Derains the files of a dict of input path -> result path -> (path, what `compare` returned if it has a target, or
-    the UserError that stopped it)."""
+    """Derains the files of a dict of input path -> result path -> (path, for one with a target the path that was
+    written and what `compare` returned, or the UserError that stopped it)."""
 
     def finish(path, picture, result):
-        write_picture(outputs[path], result, quality)
+        written = write_picture(outputs[path], result, quality)
         if path in targets:
-            return compare(path, eight_bits(picture.pixels), eight_bits(result.pixels), targets[path])
+            return written, *compare(path, eight_bits(picture.pixels), eight_bits(result.pixels), targets[path])
         return None
 
     huge = list(filter(is_huge, outputs))
@@ -192,7 +199,8 @@ def measure_done(outputs, targets):
     """The same for results of an earlier run."""
     for path, output in outputs.items():
         try:
-            yield path, compare(path, read_image(path), read_image(output), targets[path]) if path in targets else None
+            measured = compare(path, read_image(path), read_image(output), targets[path]) if path in targets else None
+            yield path, measured and (output, *measured)
         except UserError as error:
             yield path, error
 
@@ -221,8 +229,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     args = parse_args(argv)
     device, rank, world = start_processes(args.gpus, patience=timedelta(days=30))
-    net = load_network(args.weights)
-    net = net.to(device, memory_format=torch.channels_last).eval()
+    net = load_network(args.weights).to(device)
     clips, sources = split_clips(args.input_dir)
     output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
     if output_dir.is_file():
@@ -234,13 +241,13 @@ def main(argv=None):
     clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
     problems |= clip_problems
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
-    there = {path: list(filter(Path.exists, forms(output))) for path, output in outputs.items()}
-    done = {path: files[0] for path, files in there.items() if args.skip_existing and files}
-    done = from_first_process(done)  # others may start later, when there are more
+    there = (results_there(outputs), results_there(clip_outputs)) if args.skip_existing else ({}, {})
+    done, clips_done = from_first_process(there)  # others may start later, when there are more
     new = {path: output for path, output in outputs.items() if path not in done}
+    clip_outputs = {clip: output for clip, output in clip_outputs.items() if clip not in clips_done}
     if rank == 0:
-        skipped = f" ({len(done)} of them there already)" if done else ""
-        what = f"{len(outputs)} pictures{skipped}" + (f" and {len(clips)} clips" if clips else "")
+        what = f"{len(outputs)} pictures" + (f" and {len(clips)} clips" if clips else "")
+        what += f" ({len(done) + len(clips_done)} of them there already)" if done or clips_done else ""
         source = "this repository's own weights" if args.weights == OWN_WEIGHTS else args.weights
         print(f"{network_name(net)} from {source} on {device}: {what} -> {output_dir}")
 
@@ -257,8 +264,8 @@ def main(argv=None):
                     raise result
                 mine[path] = sentence(result)
             elif result:
-                scores, pictures = result
-                rows.append((str(outputs[path].relative_to(output_dir)), *scores))
+                written, scores, pictures = result
+                rows.append((str(written.relative_to(output_dir)), *scores))
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
         mine |= derain_clips(share(clip_outputs, rank, world), derainer, args.weights, settings, args.steady)

@@ -10,7 +10,6 @@ model_latest.pth and the one before it, model_previous.pth; model_best.pth; log.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -53,7 +52,7 @@ from utils.devices import (
 from utils.errors import UserError, reports_errors
 from utils.files import lock
 from utils.images import find_pictures
-from utils.run_log import RunLog, describe
+from utils.run_log import RunLog, describe, whole_lines
 
 NETWORKS = ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet")
 WARMUP_EPOCHS = 3
@@ -145,6 +144,12 @@ def parse_args(argv=None):
     for name in ("lr", "clip_grad", "loss_guard"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be above 0")
+    if args.dim is not None and (args.dim < 2 or args.dim % 2):
+        parser.error("--dim must be a multiple of 2")
+    if args.num_blocks and min(args.num_blocks) < 1:
+        parser.error("--num_blocks must be at least 1 each")
+    if args.passes and (args.passes[0] < 0 or min(args.passes[1:]) < 1):
+        parser.error("--passes must be at least 1 each, but for the first, which may be 0")
     for name in ("seed", "num_workers"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be at least 0")
@@ -169,15 +174,13 @@ def find_data(args):
 
 def changed_arguments(arguments, record):
     """-> what differs from the arguments of the last start in runs.jsonl, such as "--lr 0.001 (was 0.0001)"."""
-    for line in reversed(record.read_text().splitlines() if record.exists() else []):
-        with contextlib.suppress(ValueError):  # a power cut may have left a part of a line
-            last = json.loads(line)["arguments"]
-            return [
-                f"--{name} {value} (was {last[name]})"
-                for name, value in arguments.items()
-                if name in last and last[name] != value
-            ]
-    return []
+    last = whole_lines(record)[-1:]
+    before = last[0]["arguments"] if last else {}
+    return [
+        f"--{name} {value} (was {before[name]})"
+        for name, value in arguments.items()
+        if name in before and before[name] != value
+    ]
 
 
 def make_network(args, path, checkpoint):
@@ -248,7 +251,6 @@ class Trainer:
         self.latest, self.previous, self.best = (
             self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")
         )
-        self.interruption = Interruption()
         torch.manual_seed(args.seed)
 
         train_pairs, val_pairs = find_data(args)
@@ -259,6 +261,8 @@ class Trainer:
         self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
 
+        # A run that is just ending saves once more: what there is, is read under the lock.
+        self.lock = self.lock_folder() if self.rank == 0 and self.folder.exists() else None
         source, checkpoint, problems = load_newest(self.latest, self.previous)
         self.net = make_network(args, source, checkpoint).to(self.device, memory_format=torch.channels_last)
         self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
@@ -280,6 +284,7 @@ class Trainer:
         self.without_sync = parallel.no_sync if self.world > 1 else contextlib.nullcontext
         self.forward = torch.compile(parallel) if args.compile else parallel
         self.log = self.take_folder(source, problems) if self.rank == 0 else None
+        self.interruption = Interruption()  # before this there is nothing to save
 
     def make_loader(self, dataset, **options):
         workers = self.args.num_workers
@@ -289,15 +294,21 @@ class Trainer:
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=quiet_worker,
+            generator=torch.Generator(),  # or each start would move on the random state, which a resume restores
             **options,
         )
+
+    def lock_folder(self):
+        """Keeps other runs out of the folder as long as the file lives that this returns."""
+        file = lock(self.folder / "lock")
+        if not file:
+            raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
+        return file
 
     def take_folder(self, source, problems):
         """Keeps other runs out of the folder, makes the checkpoint that could be read its latest, and says what begins
         -> RunLog."""
-        self.lock = lock(self.folder / "lock")
-        if not self.lock:
-            raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
+        self.lock = self.lock or self.lock_folder()
         if source == self.previous:
             reasons = problems or [f"{self.latest} is not there."]
             print("warning:", *reasons, f"Going on from {self.previous}.")
@@ -497,7 +508,8 @@ class Trainer:
         self.end_if_asked()
         if self.log:
             self.log.panels(panels, self.steps_done())
-        return sum_over_processes(torch.tensor(total, device=self.device)).item() / len(self.val_set)
+        total = torch.tensor(total, dtype=torch.float64, device=self.device)
+        return sum_over_processes(total).item() / len(self.val_set)
 
     def finish_epoch(self, line):
         """Logs an epoch, saves, and ends if that was asked for."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, choose_device, keep_freed_memory
+from utils.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, add_gpus, choose_device, keep_freed_memory
 from utils.environment import hardware, software
 from utils.files import write_json
 
@@ -25,7 +25,7 @@ def parse_args(description, networks, repeats=None, compiles=False):
         parser.add_argument("--repeats", type=int, default=repeats)
     if compiles:
         parser.add_argument("--compile", action="store_true", help="also measure torch.compile: minutes more")
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args()
     args.device = choose_device(args.gpus)
     return args

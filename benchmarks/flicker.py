@@ -8,11 +8,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
 from benchmarks.common import report
+from evaluations.metrics import psnr
 from utils.checkpoint import load_network, network_name
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.images import read_image
 from utils.inference import Derainer
 from utils.rain import STYLES, streaks
@@ -53,19 +53,19 @@ def rain_on(clean, style, rng):
     return np.clip(np.round(picture + rng.normal(0, 2, picture.shape)), 0, 255).astype(np.uint8)
 
 
-def psnr(frames, clean):
-    """Mean RGB PSNR of the frames, in dB."""
+def mean_psnr(frames, clean):
+    """Mean RGB PSNR in dB of N×H×W×3 frames in levels of 255."""
     errors = np.mean((frames.astype(float) - clean) ** 2, axis=(1, 2, 3))
-    return float(np.mean(10 * np.log10(255**2 / errors)))
+    return float(np.mean([psnr(error, peak=255) for error in errors]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args()
     device = choose_device(args.gpus)
-    net = load_network(args.weights).to(device, memory_format=torch.channels_last).eval()
+    net = load_network(args.weights).to(device)
     rows = []
     for name, (clean, style) in scenes().items():
         rng = np.random.default_rng(0)
@@ -75,7 +75,7 @@ def main():
         removed = rainy.astype(int) - derained
         layers = {"clean": clean, "rainy": rainy, "removed": removed, "derained": derained, "steady": steady}
         changes = {f"change, {layer}": flicker(rainy, frames) for layer, frames in layers.items()}
-        qualities = {f"PSNR, {layer}": psnr(layers[layer], clean) for layer in ("rainy", "derained", "steady")}
+        qualities = {f"PSNR, {layer}": mean_psnr(layers[layer], clean) for layer in ("rainy", "derained", "steady")}
         rows.append({"clip": name, **changes, **qualities})
         print(rows[-1], flush=True)
     report("flicker", rows, device, network=network_name(net), frames=FRAMES)

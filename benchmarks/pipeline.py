@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from skimage import data
 
 from benchmarks.common import parse_args, report
@@ -73,7 +72,7 @@ def main():
             paths = [folder / f"{i}.png" for i in range(count)]
             for shift, path in enumerate(paths):
                 write_png(path, np.roll(photograph, shift, axis=1))
-            net = net.eval().to(args.device, memory_format=torch.channels_last)
+            net = net.to(args.device)
             for options in ({}, {"bf16": True, "fused": True}) if gpu else ({}, {"bf16": True}):
                 files, network = shares(Derainer(net, **options), paths, args.repeats)
                 rows.append(

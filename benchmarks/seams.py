@@ -12,11 +12,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.common import report
 from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.images import find_pictures, read_image
 from utils.inference import Derainer, tile_spans, window_spans
 
@@ -73,10 +72,10 @@ def main():
     parser.add_argument("pictures", nargs="?", default=PICTURES, help="a picture, folder or pattern")
     parser.add_argument("--weights", type=Path, default=OWN_WEIGHTS, help="a checkpoint (default: this repository's)")
     parser.add_argument("--win_size", type=int, default=128, help="side of windows and tiles (default: %(default)s)")
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args()
     device = choose_device(args.gpus)
-    net = load_network(args.weights).to(device, memory_format=torch.channels_last).eval()
+    net = load_network(args.weights).to(device)
     pictures = [read_image(path).astype(np.float32) / 255 for path in find_pictures(args.pictures)[0]]
     rows = compare(net, pictures, args.win_size)
     report("seams", rows, device, network=network_name(net), pictures=len(pictures), window=args.win_size)

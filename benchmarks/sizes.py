@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
-import torch
 
 import model
 from benchmarks.common import parse_args, report
@@ -22,9 +21,8 @@ SIDES = (512, 1024, 2048, 4096)
 def derain_once(network, side, gpus):
     """-> seconds, MiB above the weights; in a process of its own, as peak memory never falls."""
     device = choose_device(gpus)
-    net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
+    derain = Derainer(getattr(model, network)().to(device), mode="window")
     weights = peak_memory(device)
-    derain = Derainer(net, mode="window")
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     derain(picture[:256, :256])
     start = time.perf_counter()

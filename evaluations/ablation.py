@@ -8,14 +8,12 @@ picture; PSNR and SSIM, the mean over the seeds and their standard deviation.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python evaluations/ablation.py`
@@ -24,10 +22,11 @@ from dataset_RGB import DATASETS, find_pairs, known_dataset
 from evaluations.complexity import size_of
 from evaluations.metrics import psnr_ssim
 from utils.checkpoint import build_network, load_checkpoint
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.errors import UserError, reports_errors
 from utils.files import atomic_write, write_csv, write_text
 from utils.inference import Derainer
+from utils.run_log import whole_lines
 
 RUNS = Path("checkpoints/Deraininig/models/ablation")
 SIDE = 256  # of the picture whose multiply-adds are counted
@@ -58,7 +57,7 @@ def measure(runs, data, device):
         for folder in folders:
             checkpoint = load_checkpoint(folder / "model_latest.pth")
             net = build_network(checkpoint, folder / "model_latest.pth")
-            derain = Derainer(net.to(device, memory_format=torch.channels_last).eval())
+            derain = Derainer(net.to(device))
             scores.append(np.ravel([score(derain, pairs, protocol) for pairs, protocol in data.values()]))
             epochs.add(checkpoint["epoch"])
         size = size_of(derain, np.zeros((SIDE, SIDE, 3), np.uint8))
@@ -94,9 +93,12 @@ def draw_curves(runs, path):
     for name, folders in runs.items():
         curves = []
         for folder in folders:
-            lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            lines = whole_lines(folder / "log.jsonl")
             curves.append({line["epoch"]: line["val_psnr"] for line in lines if "val_psnr" in line})
         epochs = sorted(set.intersection(*map(set, curves)))
+        if not epochs:
+            print(f"{name} has no curve: no epoch was validated in all of its runs")
+            continue
         values = [[curve[epoch] for curve in curves] for epoch in epochs]
         (line,) = axes.plot(epochs, [statistics.mean(v) for v in values], label=name)
         axes.fill_between(epochs, *zip(*((min(v), max(v)) for v in values)), color=line.get_color(), alpha=0.15)
@@ -113,7 +115,7 @@ def main(argv=None):
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="test sets: folders of input/ and target/")
     parser.add_argument("--names", nargs="+", help="ablations to compare (default: all that were trained)")
     parser.add_argument("--output", type=Path, default=Path("results"), help="where the table goes")
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args(argv)
     runs = find_runs(args.runs)
     if missing := set(args.names or ()) - set(runs):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python eval
 
 import model
 from utils.checkpoint import network_name
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.environment import software
 from utils.errors import UserError, reports_errors
 from utils.inference import Derainer
@@ -53,8 +53,7 @@ def size_of(derain, picture):
 def measure(network, height, width, gpus, repeats):
     """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
     device = choose_device(gpus)
-    net = getattr(model, network)().to(device, memory_format=torch.channels_last).eval()
-    derain = Derainer(net)
+    derain = Derainer(getattr(model, network)().to(device))
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     weights = peak_memory(device)
     derain(picture)  # warms up, before anything else can raise the peak
@@ -66,7 +65,7 @@ def measure(network, height, width, gpus, repeats):
         derain(picture)  # ends with the picture on the CPU
         seconds.append(time.perf_counter() - start)
     return {
-        "network": network_name(net),
+        "network": network_name(derain.net),
         "parameters": parameters,
         "multiply_adds": multiply_adds,
         "seconds": statistics.median(seconds),
@@ -80,7 +79,7 @@ def main(argv=None):
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--size", nargs=2, type=int, default=(256, 256), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args(argv)
     if min(*args.size, args.repeats) < 1:
         raise UserError("--size and --repeats must be at least 1.")

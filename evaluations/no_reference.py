@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python evaluations/no_reference.py`
 
-from utils.devices import choose_device
+from utils.devices import add_gpus, choose_device
 from utils.errors import UserError, listed, reports_errors
 from utils.files import write_csv
 from utils.images import find_pictures, read_image, to_tensor
@@ -38,7 +38,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", required=True, help="derained pictures")
     parser.add_argument("--output", type=Path, help="where the table goes (default: the folder of the results)")
-    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     args = parser.parse_args(argv)
     paths, root = find_pictures(args.results)
     device = choose_device(args.gpus)

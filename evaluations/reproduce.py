@@ -22,7 +22,8 @@ from dataset_RGB import DATASETS, how_to_get
 from evaluations import figure
 from evaluations.evaluate import count_problem, measure_pairs, of_expected, pair_results
 from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
-from utils.devices import choose_device
+from test import results_of, without_clashes
+from utils.devices import add_gpus, choose_device
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv, write_text
 from utils.formats import write_picture
@@ -44,17 +45,13 @@ def derain_test_set(model, dataset, device, args):
     paths, root = find_pictures(source)
     if results >= len(paths):
         return
-    net = (
-        load_released(model, dataset, args.checkpoints_dir, args.mirror)
-        .to(device, memory_format=torch.channels_last)
-        .eval()
-    )
-    outputs = {path: (output_dir / path.relative_to(root)).with_suffix(".png") for path in paths}
+    net = load_released(model, dataset, args.checkpoints_dir, args.mirror).to(device)
+    outputs, clashes = without_clashes(results_of([(paths, root)], output_dir, keep_format=False), paths)
     outputs = {path: output for path, output in outputs.items() if not output.exists()}
     results = Derainer(net, mode="window").files(outputs, lambda path, _, result: write_picture(outputs[path], result))
-    problems = []
+    problems = list(clashes.values())
     for _, error in tqdm(results, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
-        if error:
+        if isinstance(error, UserError):
             if disk_failed(error):
                 raise error
             problems.append(sentence(error))
@@ -134,7 +131,7 @@ def parse_args(argv=None):
         help="<model>/<set>.pth (default: %(default)s)",
     )
     add("--mirror", help="folder or URL with <model>/<set>.pth, instead of Google Drive")
-    add("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+    add_gpus(parser)
     add("--output", type=Path, default=Path("results/table"), help="of .md, .csv and .tex (default: %(default)s)")
     add(
         "--figure",

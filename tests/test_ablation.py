@@ -1,4 +1,5 @@
 import csv
+import signal
 import subprocess
 
 import pytest
@@ -61,6 +62,9 @@ def test_the_table_tells_ablations_apart(train_one, tmp_path, capsys):
     assert float(rows["published"]["data PSNR deviation"]) > 0 and rows["inr_none"]["data PSNR deviation"] == ""
     assert (tmp_path / "out" / "ablation.png").stat().st_size > 10_000
     assert f"| published | 2 | 2 | {float(rows['published']['parameters']) / 1e6:.2f} |" in capsys.readouterr().out
+    (runs / "inr_none" / "1" / "log.jsonl").write_text('{"epoch": 1}\n{"epo')
+    ablation.main(arguments)
+    assert "inr_none has no curve" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds no run of x: it has inr_none, published"):
         ablation.main([*arguments, "--names", "x"])
     with pytest.raises(SystemExit, match=r"train some with bash train\.sh ablation NAME"):
@@ -99,11 +103,23 @@ def test_without_the_zero_epoch_the_schedule_is_one_epoch_ahead():
     assert rates[False][0] == 0 and rates[True] == pytest.approx(rates[False][1:], rel=1e-12)
 
 
-def test_the_loss_guard_weakens_batches_far_above_the_usual_loss():
-    trainer = object.__new__(train.Trainer)
-    trainer.args, trainer.usual_loss = train.parse_args(["--loss_guard", "2"]), None
-    assert [trainer.guard(loss) for loss in (1.0, 1.0, 8.0)] == [1, 1, 0.25]
-    assert trainer.usual_loss == pytest.approx(0.99 + 0.01 * 2)  # the large loss counted as twice the usual one
+def test_an_interruption_within_an_epoch_moves_no_random_position(train_one, monkeypatch):
+    finished, asked = train.Trainer.train_step, []
+
+    def ask_once_in_step_2(trainer, *args, **options):
+        values = finished(trainer, *args, **options)
+        if trainer.step == 2 and not asked:
+            asked.append(trainer.interruption.ask(signal.SIGINT, None))
+        return values
+
+    options = ["--num_epochs", "1", "--no_zero_epoch", "--session"]
+    whole = train_one("inr_coordinate_random", 1, *options, "whole").parents[2] / "whole"
+    monkeypatch.setattr(train.Trainer, "train_step", ask_once_in_step_2)
+    with pytest.raises(SystemExit):
+        train_one("inr_coordinate_random", 1, *options, "parts")
+    train_one("inr_coordinate_random", 1, *options, "parts")
+    first, second = (load_checkpoint(whole.with_name(name) / "model_latest.pth") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
 
 
 def test_a_guarded_batch_gives_a_smaller_gradient(train_one, monkeypatch):

@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -155,9 +157,13 @@ def test_zip_bombs_are_refused_unopened(derain, tmp_path, png, monkeypatch):
     assert all(path.stat().st_size <= 100 for path in (tmp_path / "work").rglob("*") if path.is_file())
 
 
-def test_whole_pictures_have_their_own_limit(derain, tmp_path):
+def test_large_pictures_are_refused_and_whole_ones_have_their_own_limit(derain, tmp_path):
     write_png(tmp_path / "a.png", noise(1100, 1000))
-    assert "choose another mode" in derain(tmp_path / "a.png", mode="whole", megapixels=2)[2][0]
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"]}
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((1100, 1000, 2), np.uint16), **options)  # which Pillow cannot open
+    for name in ("a.png", "a.tif"):
+        assert "more than 1 megapixels" in derain(tmp_path / name)[2][0]
+        assert "choose another mode" in derain(tmp_path / name, mode="whole", megapixels=2)[2][0]
 
 
 @pytest.mark.parametrize("kind", ["pictures", "windows"])
@@ -266,16 +272,21 @@ def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
     [
         (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--gpus", "99"], "--gpus 99"),
-        (["--host", "127.0.0.1", "--port", "1"], "cannot be used"),
+        (["--host", "203.0.113.7"], r"203\.0\.113\.7 cannot be used"),
+        (["--port", "TAKEN"], r"127\.0\.0\.1:\d+ cannot be used"),
     ],
 )
 def test_errors_at_the_start_are_sentences(options, message, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("tempfile.tempdir", None)
-    if options[-1] == "1":
-        monkeypatch.setattr(gr.Blocks, "launch", lambda *_, **__: (_ for _ in ()).throw(OSError("port")))
-    with pytest.raises(SystemExit, match=message):
-        app.main(options)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit, match=message):
+        app.main([option.replace("TAKEN", str(taken.getsockname()[1])) for option in options])
+
+
+def test_a_port_that_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--port", "99999"])
+    assert "--port must lie between 1 and 65535" in capsys.readouterr().err
 
 
 def test_a_missing_library_is_named():

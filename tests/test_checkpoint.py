@@ -71,6 +71,8 @@ def changed(state, **tensors):
         ({"model": {"a": 1}}, "expected a dict .* found dict with .*model"),
         ({0: torch.zeros(1)}, "expected a dict"),
         ({"state_dict": {}}, "expected a dict"),
+        ({"state_dict": narrow_state(), "ema": [1, 2]}, "expected a dict"),
+        (changed(narrow_state(), output_max__weight=torch.zeros(3, 8, 3, 3).to_sparse()), "expected a dict"),
         ({"state_dict": {"conv.weight": torch.zeros(1)}}, "expected names such as .* found conv.weight"),
         (changed(narrow_state(), output_max__weight=torch.zeros(3, 9, 3, 3)), r"output_max.weight: expected \(3, 8, 3"),
         (changed(narrow_state(), output_max__weight=torch.full((3, 8, 3, 3), torch.nan)), "not finite numbers"),

@@ -57,6 +57,13 @@ def test_unpaired_unreadable_and_unequal_pictures(dataset, capsys):
         assert reason in text
 
 
+def test_a_test_set_without_one_pair(dataset, capsys):
+    for path in (dataset / "test" / "target").iterdir():
+        path.rename(path.with_name(f"other_{path.name}"))
+    text = report(capsys, dataset, healthy=False)
+    assert "0.png has no clean picture" in text and "train: 5 pairs" in text
+
+
 def test_the_published_number_is_missed(tmp_path, capsys):
     make_pairs(tmp_path / "Rain12", count=11)
     text = report(capsys, tmp_path / "Rain12", healthy=False)

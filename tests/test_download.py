@@ -122,7 +122,7 @@ def test_damage_on_the_way_is_noticed(host, weights, tmp_path):
     content = bytearray(weights.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
     host.files["/s.pth"] = bytes(content)
-    with pytest.raises(UserError, match=r"s\.pth sent a damaged file"):
+    with pytest.raises(UserError, match=r"s\.pth sent no checkpoint of a network: .* is damaged"):
         download.fetch_network(f"{host.url}/s.pth", tmp_path / "s.pth", "NeRD-Rain-S")
     assert left_in(tmp_path) == []
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ def fail_with(error):
 def test_errors_that_a_user_can_mend_are_sentences(fail, message):
     with pytest.raises(SystemExit, match=message):
         reports_errors(fail)()
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    code = "from utils.errors import reports_errors; reports_errors(lambda: print('line\\n' * 10**6))()"
+    command = f'{sys.executable} -c "{code}" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line\n", "")
 
 
 def test_other_errors_keep_their_traceback():

@@ -8,7 +8,17 @@ import tifffile
 from PIL import Image, ImageCms
 
 from utils.errors import UserError
-from utils.formats import KEEPABLE, TIFF_TAGS, UPRIGHT, Picture, png_chunk, read_picture, to_grey, write_picture
+from utils.formats import (
+    KEEPABLE,
+    TIFF_TAGS,
+    UPRIGHT,
+    Picture,
+    announced_pixels,
+    png_chunk,
+    read_picture,
+    to_grey,
+    write_picture,
+)
 
 RNG = np.random.default_rng(0)
 COLOUR = np.stack([*np.mgrid[:240:10, :200:10], np.full((24, 20), 90)], axis=2).astype(np.uint8)
@@ -288,6 +298,23 @@ def test_damaged_metadata_cost_no_picture(tmp_path, caplog):
             write_picture(tmp_path / f"{name}{ending}", picture)
             assert read_picture(tmp_path / f"{name}{ending}").pixels.shape == COLOUR.shape
     assert "metadata were left away" in caplog.text
+
+
+def test_damaged_metadata_cost_no_colour_profile(tmp_path, caplog):
+    Image.fromarray(COLOUR).save(tmp_path / "a.jpg", icc_profile=PROFILE, xmp=b"\xff\xfe")
+    write_picture(tmp_path / "a.png", read_picture(tmp_path / "a.jpg"))
+    assert read_picture(tmp_path / "a.png").metadata["icc_profile"] == PROFILE
+    assert "left away but for the colour profile" in caplog.text
+
+
+@pytest.mark.parametrize("grey_with_alpha", [False, True])
+def test_announced_pixels_are_those_of_the_file(tmp_path, grey_with_alpha):
+    pixels = np.zeros((40, 50, 2), np.uint16) if grey_with_alpha else COLOUR
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"]} if grey_with_alpha else {}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    assert announced_pixels(tmp_path / "a.tif") == read_picture(tmp_path / "a.tif").pixels[..., 0].size
+    (tmp_path / "b.tif").write_bytes(b"broken")
+    assert announced_pixels(tmp_path / "b.tif") == 0
 
 
 def test_cmyk_is_converted_by_its_profile_or_without(tmp_path):

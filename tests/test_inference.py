@@ -11,6 +11,7 @@ from model import MultiscaleNet
 from tests.golden import ARRAYS, golden_input, golden_network
 from utils.checkpoint import load_network, save_checkpoint
 from utils.errors import UserError
+from utils.formats import read_picture
 from utils.images import read_image, to_image, write_png
 from utils.inference import Derainer, derain, tile_spans, window_spans
 
@@ -223,6 +224,11 @@ def test_images_and_files_come_back_as_they_went_in(narrow_weights, tmp_path, mo
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), expected)
     assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif")
+    Image.fromarray(pixels).convert("RGBA").save("d.png")
+    assert derain("d.png", narrow_weights, output="d.jpg", gpus="cpu") == Path("d.jpg.png")
+    assert read_picture("d.jpg.png").alpha is not None
+    with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
+        derain("results/a.png", narrow_weights, gpus="cpu")
     with pytest.raises(UserError, match=r"c\.png does not exist"):
         derain("c.png", narrow_weights, gpus="cpu")
     with pytest.raises(UserError, match=r"c\.pth does not exist"):

@@ -1,5 +1,6 @@
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,9 +82,16 @@ def test_halves_that_cannot_be_split_are_left_out_and_named(tmp_path):
         write_png(source / name, rng.integers(0, 255, (20, width, 3), dtype=np.uint8))
     Image.fromarray(np.zeros((20, 48), np.uint16)).save(source / "4.png")
     (source / "5.png").write_bytes(b"broken")
+    cv2.imwrite(str(source / "6.png"), np.zeros((20, 48, 3), np.uint16))
     message = failure(source, tmp_path / "set", "--clean_half", "left")
-    assert "4 pictures were left out" in message
-    for reason in ("2.png is 41 pixels wide", "have one name", "4.png would lose", "5.png cannot be read"):
+    assert "5 pictures were left out" in message
+    for reason in (
+        "2.png is 41 pixels wide",
+        "have one name",
+        "4.png would lose",
+        "5.png cannot be read",
+        "6.png would",
+    ):
         assert reason in message
     assert len(find_pairs(tmp_path / "set")) == 2
     first = (tmp_path / "set" / "target" / "1.png").read_bytes()

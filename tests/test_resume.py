@@ -1,5 +1,6 @@
 """A run that is killed, or whose files are damaged, ends as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
@@ -138,6 +139,10 @@ def test_changed_arguments_are_named(options, tmp_path, capsys):
     train.main([*options, "--num_epochs", "2", "--clip_grad", "1"])
     output = capsys.readouterr().out
     assert "changed since the last start: --num_epochs 2 (was 1), --clip_grad 1.0 (was None)\n" in output
+    train.main([*options, "--num_epochs", "2", "--clip_grad", "1"])
+    assert "changed since" not in capsys.readouterr().out
+    lines = (session(tmp_path) / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arguments"]["num_epochs"] for line in lines] == [1, 1, 2, 2]
 
 
 def test_a_second_run_of_a_session_is_refused_until_the_first_is_gone(options, tmp_path):

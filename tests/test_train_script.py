@@ -187,10 +187,18 @@ def test_a_published_checkpoint_continues(options, tmp_path):
     assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
 
 
-@pytest.mark.parametrize("extra", [["--bf16"], ["--clip_grad", "0.01"], ["--hold_out", "0.3"]])
-def test_options_run(options, tmp_path, extra):
-    train.main([*options, *extra, "--num_epochs", "2"])
-    assert all(math.isfinite(line["total"]) for line in lines_of(session(tmp_path)))
+@pytest.mark.parametrize("extra", [["--bf16"], ["--clip_grad", "1e-9"]])
+def test_options_change_the_second_epochs_steps(options, tmp_path, extra):
+    for name, more in (("a", []), ("b", extra)):
+        train.main([*options, *more, "--num_epochs", "2", "--lr", "1e-3", "--session", name])
+    first, second = (weights_of(session(tmp_path, name)) for name in "ab")
+    changes = [float((first[name] - second[name]).abs().max()) for name in first]
+    assert 0 < max(changes) < 1e-2 and all(map(math.isfinite, changes))
+
+
+def test_held_out_pairs_validate(options, tmp_path, capsys):
+    train.main([*options, "--num_epochs", "1", "--hold_out", "0.3"])
+    assert "4 training and 2 validation pairs" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -336,6 +344,9 @@ def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
         (["--lr", "0"], "above 0"),
         (["--clip_grad", "-1"], "above 0"),
         (["--seed", "-1"], "at least 0"),
+        (["--dim", "9"], "multiple of 2"),
+        (["--num_blocks", "1", "0", "1"], "at least 1"),
+        (["--passes", "1", "0", "3"], "at least 1"),
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--pretrain_weights", "none.pth"], "none.pth does not exist"),
         (["--model", "nerd_rain"], "narrow.pth holds a network of width 8"),

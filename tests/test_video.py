@@ -421,11 +421,11 @@ def test_clips_are_told_from_pictures(tmp_path):
 def run(tmp_path, narrow_weights, monkeypatch):
     """Runs test.py as one of two processes -> the names of the results that there are then."""
 
-    def run_script(clips, rank, out="out"):
+    def run_script(clips, rank, out="out", *more):
         monkeypatch.setattr(script, "start_processes", lambda *_, **__: (torch.device("cpu"), rank, 2))
         monkeypatch.setattr(Derainer, "pictures", lambda _, frames: frames)
         options = ["--weights", str(narrow_weights), "--output_dir", str(tmp_path / out)]
-        script.main(["--input_dir", *map(str, clips), *options])
+        script.main(["--input_dir", *map(str, clips), *options, *more])
         return sorted(path.name for path in (tmp_path / out).glob("*.*"))
 
     return run_script
@@ -436,6 +436,16 @@ def test_processes_share_clips_by_size(run, tmp_path):
     clips = [write_clip(tmp_path / name, pictures(count)) for name, count in lengths.items()]
     assert run(clips, rank=0) == ["b.mp4"]
     assert run(clips, rank=1) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_results_that_are_there_are_kept(run, tmp_path, capsys):
+    clips = [write_clip(tmp_path / name, pictures(2)) for name in ("a.mp4", "b.mp4")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.mp4").write_bytes(b"mine")
+    run(clips, 0, "out", "--skip_existing")
+    run(clips, 1, "out", "--skip_existing")
+    assert (tmp_path / "out" / "a.mp4").read_bytes() == b"mine" and (tmp_path / "out" / "b.mp4").stat().st_size > 4
+    assert "2 clips (1 of them there already)" in capsys.readouterr().out
 
 
 def test_results_overwrite_neither_clips_nor_each_other(run, tmp_path):

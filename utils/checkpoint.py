@@ -21,9 +21,8 @@ PUBLISHED = {
     (32, (2, 3, 3), (1, 2, 4)): "NeRD-Rain-S",
     (48, (1, 1, 1), None): "NeRD-Rain-MPRNet",
 }
-DEFAULTS = {  # what ablations change
-    **{"passes": (1, 2, 3), "inr": "published", "feedback": "bfpu", "own_reduce": False, "antialias": False},
-}
+# what ablations change
+DEFAULTS = {"passes": (1, 2, 3), "inr": "published", "feedback": "bfpu", "own_reduce": False, "antialias": False}
 
 
 def save_checkpoint(path, previous=None, **content):
@@ -50,14 +49,17 @@ def load_checkpoint(path):
         if "weights_only" in str(error):  # torch advises to switch the check off, which runs what the file says
             reason = "it holds something else than tensors, or is no PyTorch file"
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not weights or not isinstance(weights, dict) or not all(map(is_weight, weights.items())):
+    parts = content if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
+    parts = {name: part for name, part in parts.items() if name != "ema" or part}
+    weights = {name: parts[name] for name in ("state_dict", "ema") if name in parts}
+    if not all(map(holds_weights, weights.values())):
         raise UserError(
             f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
             f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
         )
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    return {**(content if "state_dict" in content else {}), "state_dict": weights}
+    for name, part in weights.items():
+        parts[name] = {key.removeprefix("module."): tensor for key, tensor in part.items()}
+    return parts
 
 
 def load_newest(*paths):
@@ -76,8 +78,19 @@ def load_newest(*paths):
     return None, {}, []
 
 
-def is_weight(item):
-    return isinstance(item[0], str) and torch.is_tensor(item[1])
+def holds_weights(part):
+    """Whether something is a dict of names and dense floating-point tensors."""
+    return (
+        bool(part)
+        and isinstance(part, dict)
+        and all(
+            isinstance(name, str)
+            and torch.is_tensor(tensor)
+            and tensor.layout == torch.strided
+            and tensor.is_floating_point()
+            for name, tensor in part.items()
+        )
+    )
 
 
 def options_of(weights, path):

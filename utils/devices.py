@@ -21,6 +21,11 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def add_gpus(parser):
+    """Adds the option that choose_device takes."""
+    parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
+
+
 def choose_device(gpus=None):
     """-> torch.device. `gpus` is a GPU's number as in "0" (of "0,1" the first counts) or "cpu"; None takes a GPU if
     there is one. Raises UserError if the GPU asked for is not there."""

@@ -77,7 +77,7 @@ def overlap(train, test, block=4096):
     """-> list of sentences about clean pictures of the test set that training would show: pictures whose thumbnails
     differ by less than one of 255 levels (root mean square), so that other sizes and formats are found, too."""
     found, train_paths = [], list(train)
-    queries = np.array([look.thumbnail for look in test.values()], np.float32).reshape(len(test), -1)
+    queries = np.array([look.thumbnail for look in test.values()], np.float32).reshape(-1, THUMBNAIL**2)
     for start in range(0, len(train), block):
         keys = np.array([train[path].thumbnail for path in train_paths[start : start + block]], np.float32)
         squares = (queries**2).sum(1)[:, None] + (keys**2).sum(1) - 2 * queries @ keys.T
@@ -156,7 +156,3 @@ def main(argv=None):
     if any(problems.values()):
         sys.exit(1)
     print("nothing is wrong with it")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 from utils.checkpoint import load_network, network_name
@@ -62,10 +61,6 @@ def check(source, path, name):
     if re.match(r"<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
         title = re.search(r"<title>\s*(.*?)\s*</title>", start, re.IGNORECASE | re.DOTALL)
         raise UserError(f"{source} sent a web page instead of weights ({title[1] if title else 'untitled'}).")
-    if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise UserError(f"{source} sent a damaged file.")
     try:
         found = network_name(load_network(path))
     except UserError as error:

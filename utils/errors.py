@@ -1,7 +1,9 @@
 """Errors that a user can mend are sentences, not tracebacks."""
 
 import functools
+import io
 import logging
+import os
 import sys
 
 import torch
@@ -23,8 +25,8 @@ def listed(problems, most):
 
 
 def out_of_memory(error):
-    """Whether a RuntimeError says that a GPU's memory is used up, or the main memory, which has no error of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that a GPU's memory is used up, or the main memory, for which PyTorch has no error."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def reports_errors(main):
@@ -33,19 +35,23 @@ def reports_errors(main):
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, which stderr shows so anyway
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files, which stderr shows so anyway
         logging.basicConfig(format="%(message)s")
         logging.getLogger("utils").setLevel(logging.INFO)
         try:
             return main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"error: {sentence(error)}")
+        except BrokenPipeError:  # of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+            sys.exit(1)
         except OSError as error:
             sys.exit(
                 f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check path and space."
             )
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
             sys.exit(
                 "error: the memory is too small for this: choose a smaller patch, batch or window, or --mode tile "

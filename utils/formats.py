@@ -5,7 +5,9 @@ import contextlib
 import io
 import itertools
 import logging
+import math
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +18,9 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from utils.deep import UPRIGHT, read_deep, read_page, white_of
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.sixteen_bits import UPRIGHT, read_16_bits, read_page, white_of
 
 KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif"}  # endings we write
 KEPT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"}  # Pillow's, whose colours are grey or RGB
@@ -27,8 +29,13 @@ QUALITY = 95  # of JPEG, WebP and AVIF
 METADATA = ("icc_profile", "exif", "xmp", "dpi", "comment", "text")  # by Pillow's names; the last two: JPEG's and PNG's
 XMP_TEXT = "XML:com.adobe.xmp"  # its name among a PNG file's texts
 TIFF_TAGS = (  # of those in the file's first directory
-    *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Software),
-    *(ExifTags.Base.DateTime, ExifTags.Base.Artist, ExifTags.Base.Copyright),
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
 )
 logger = logging.getLogger(__name__)
 
@@ -65,7 +72,7 @@ def png_texts(file):
     return {name: text for name, text in file.text.items() if name != XMP_TEXT and not name.startswith("Raw profile ")}
 
 
-def deep_grey(picture):
+def grey_16_bits(picture):
     """Grey of more than 8 bits -> H×W uint16."""
     grey = np.asarray(picture)
     if grey.min() < 0 or grey.max() > 65535:
@@ -85,7 +92,7 @@ def to_srgb(picture):
 def channels_of(image):
     """A Pillow image -> H×W×1 to 4 array, grey or RGB, without or with alpha: uint16 for deep grey, else uint8."""
     if image.mode.startswith("I"):
-        return deep_grey(image)[..., None]
+        return grey_16_bits(image)[..., None]
     kept = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         kept += "A"
@@ -110,6 +117,21 @@ def read_rare_tiff(path):
         return from_channels(read_page(page), info)
 
 
+def announced_pixels(path):
+    """-> how many pixels a picture file's header announces; infinity where Pillow refuses to open so many."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # what is wrong is said when the file is read
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is not ours
+        try:
+            with Image.open(path) as file:
+                return file.width * file.height
+        except Image.DecompressionBombError:
+            return math.inf
+        except UnidentifiedImageError:
+            with tifffile.TiffFile(path) as file:
+                return file.pages[0].imagewidth * file.pages[0].imagelength
+    return 0
+
+
 def read_file(path):
     """read_picture, but with the errors of decoders."""
     try:
@@ -123,7 +145,7 @@ def read_file(path):
             raise ValueError("it holds floating-point values; save it with 8 or 16 bits")
         white, frames = white_of(path, file), getattr(file, "n_frames", 1)
         reduced = np.any(white > 255) and not file.mode.startswith("I")  # by Pillow, to 8 bits
-        deep = read_deep(path, file, white) if reduced else None
+        deep = read_16_bits(path, file, white) if reduced else None
         if deep is None or file.format != "PPM":  # which Pillow decodes at 3 seconds a megapixel
             file.load()
         exif = exif_of(file)
@@ -196,7 +218,7 @@ def text_chunks(metadata):
     return chunks
 
 
-def deep_tiff(pixels, metadata):
+def tiff_16_bits(pixels, metadata):
     """H×W(×3 or 4) uint16 -> bytes; of EXIF no more than TIFF_TAGS, as tifffile writes no further directories."""
     options = {"photometric": "minisblack" if pixels.ndim == 2 else "rgb", "compression": "zlib", "predictor": True}
     if pixels.shape[2:] == (4,):
@@ -215,7 +237,7 @@ def deep_tiff(pixels, metadata):
     return buffer.getvalue()
 
 
-def deep_png(pixels, metadata):
+def png_16_bits(pixels, metadata):
     """H×W(×3 or 4) uint16 -> bytes."""
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if pixels.shape[2] == 4 else cv2.COLOR_RGB2BGR)
@@ -232,16 +254,16 @@ def deep_png(pixels, metadata):
     return encoded[:header] + chunks + encoded[header:]
 
 
-DEEP = {"PNG": deep_png, "TIFF": deep_tiff}  # what holds 16 bits
+WRITERS_16_BITS = {"PNG": png_16_bits, "TIFF": tiff_16_bits}  # what holds 16 bits
 
 
 def encode(pixels, ending, quality, metadata):
     """H×W(×2, 3 or 4) uint8 or uint16 -> bytes of a picture file."""
     kind = Image.registered_extensions()[ending]
     if pixels.dtype == np.uint16:  # which Pillow does not write in colour
-        if kind not in DEEP:
+        if kind not in WRITERS_16_BITS:
             raise ValueError(f"{kind} has no 16 bits")
-        return DEEP[kind](pixels, metadata)
+        return WRITERS_16_BITS[kind](pixels, metadata)
     if kind == "BMP" and pixels.shape[2:] in ((2,), (4,)):
         raise ValueError("most programs ignore alpha in BMP")  # and Pillow would write it
     options, buffer = {name: metadata[name] for name in metadata if name != "text"}, io.BytesIO()
@@ -269,11 +291,15 @@ def in_png(path):
 
 def write_picture(path, picture, quality=QUALITY):
     """Writes a Picture in the format of the path's ending, one of KEEPABLE. What that cannot hold becomes a PNG file of
-    that name with .png behind it, and the log says so. A file is replaced only once the new one is complete."""
+    that name with .png behind it, and the log says so. A file is replaced only once the new one is complete.
+
+    -> the path of what was written.
+    """
     path, pixels = Path(path), to_channels(picture)
     if pixels.shape[2:] == (2,) and pixels.dtype == np.uint16:  # no writer knows that kind
         pixels = pixels[..., [0, 0, 0, 1]]
-    for target, metadata in itertools.product((path, in_png(path)), (picture.metadata, {})):
+    colours = {name: content for name, content in picture.metadata.items() if name == "icc_profile"}
+    for target, metadata in itertools.product((path, in_png(path)), (picture.metadata, colours, {})):
         try:
             content = encode(pixels, target.suffix.lower(), quality, metadata)
             break
@@ -283,7 +309,9 @@ def write_picture(path, picture, quality=QUALITY):
         raise UserError(f"{path} cannot be written ({reason}).") from reason
     if target != path:
         logger.warning("%s cannot hold the result (%s): it is written as %s", path, reason, target.name)
-    if picture.metadata and not metadata:
-        logger.warning("%s: the original's metadata were left away (%s)", path, reason)
+    if metadata != picture.metadata:
+        kept = " but for the colour profile" if metadata else ""
+        logger.warning("%s: the original's metadata were left away%s (%s)", path, kept, reason)
     with atomic_write(target) as file:
         file.write(content)
+    return target

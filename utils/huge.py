@@ -2,14 +2,12 @@
 
 import contextlib
 import logging
-import math
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.formats import QUALITY, in_png, to_grey
+from utils.formats import QUALITY, announced_pixels, in_png, to_grey
 
 HUGE = 64 * 10**6  # pixels; smaller pictures take less than a gigabyte
 KINDS = {"uchar": np.uint8, "ushort": np.uint16}
@@ -23,17 +21,6 @@ SAVERS = {  # ending -> function and options of libvips; Q and bigtiff are set f
 }
 METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings of libvips' names
 logger = logging.getLogger(__name__)
-
-
-def announced_pixels(path):
-    """-> how many pixels a file's header announces; infinity where Pillow refuses to open so many."""
-    try:
-        with Image.open(path) as file:
-            return file.width * file.height
-    except Image.DecompressionBombError:
-        return math.inf
-    except Exception:  # what is wrong with the file is said when it is read
-        return 0
 
 
 def is_huge(path):

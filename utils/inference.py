@@ -16,7 +16,7 @@ from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.formats import channels_of, from_channels, read_picture, to_channels, write_picture
+from utils.formats import channels_of, from_channels, in_png, read_picture, to_channels, write_picture
 from utils.images import reflect_pad, to_image, to_tensor
 
 MODES = ("window", "tile", "whole")
@@ -65,7 +65,7 @@ class Canvas:
         key: whatever names the picture
         image: H×W×3 array, or anything that has such a shape and a dtype and can be sliced
         spans: of (height or width) -> the windows along it
-        multiple: what the sides are brought to by reflection: (height, width)
+        sides: (height, width) that the picture is brought to by reflection
     """
 
     def __init__(self, key, image, spans, sides):
@@ -124,7 +124,7 @@ class Derainer:
     Pictures are H×W×3 RGB arrays, uint8, uint16 or float32 in [0, 1]; results have the same size and type.
 
     Args:
-        net: the network, on its device, in evaluation mode
+        net: the network, on its device; it is put into evaluation mode and channels-last format
         mode: "window": windows of the published test procedure, each by itself; a side shorter than the window is
             reflected to the next multiple of 16. "tile": overlapping windows, blended without seams. "whole": the
             picture at once. None chooses windows up to a megapixel and tiles above.
@@ -140,7 +140,8 @@ class Derainer:
             raise ValueError(f"the window must be a multiple of {MULTIPLE}, not {window}")
         if mode not in (None, *MODES):
             raise ValueError(f"the mode must be one of {', '.join(MODES)}, not {mode}")
-        self.net, self.mode, self.window, self.bf16 = net, mode, window, bf16
+        self.net = net = net.to(memory_format=torch.channels_last).eval()
+        self.mode, self.window, self.bf16 = mode, window, bf16
         self.device = next(net.parameters()).device
         gpu = self.device.type == "cuda"
         self.batch = GPU_BATCH if gpu else 1
@@ -256,8 +257,7 @@ class Derainer:
 @functools.lru_cache(maxsize=1)
 def load_derainer(weights, changed, gpus, options):
     """The Derainer of a checkpoint; `changed`, its time of change, keeps a newer one from being taken for it."""
-    net = load_network(weights).to(choose_device(gpus), memory_format=torch.channels_last)
-    return Derainer(net.eval(), **dict(options))
+    return Derainer(load_network(weights).to(choose_device(gpus)), **dict(options))
 
 
 def derain(
@@ -272,8 +272,8 @@ def derain(
 
     Args:
         image: an array H×W, H×W×1 to 4 (grey or RGB, the last of 2 or 4 is alpha, which stays as it is), uint8, uint16
-            or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written as PNG,
-            or what `output` ends with, and whose path is returned
+            or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written to
+            `output` (to `output`.png where the format of its ending cannot hold it) and whose path is returned
         weights: a checkpoint, by default this repository's own; it stays loaded for the next call
         output: where the result of a file goes, by default results/<its name>.png
         gpus: number of the GPU, or "cpu"; by default a GPU if there is one
@@ -284,15 +284,18 @@ def derain(
     changed = os.stat(weights).st_mtime_ns if os.path.exists(weights) else None
     derainer = load_derainer(os.fspath(weights), changed, gpus, tuple(sorted(options.items())))
     if isinstance(image, str | os.PathLike):
-        picture, output = read_picture(image), Path(output or Path("results", Path(image).stem + ".png"))
-        write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
-        return output
+        path, output = Path(image), Path(output or Path("results", Path(image).stem + ".png"))
+        if path.resolve() in (output.resolve(), in_png(output).resolve()):
+            raise UserError(f"{path}: its result would overwrite it, choose another output.")
+        picture = read_picture(path)
+        return write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
     if isinstance(image, Image.Image):
         return Image.fromarray(derain_array(derainer, channels_of(ImageOps.exif_transpose(image))))
     return derain_array(derainer, image).reshape(image.shape)
 
 
 def derain_array(derainer, pixels):
+    """An array as `derain` takes it -> its result, H×W or H×W×2 to 4. Raises ValueError for one of another kind."""
     if pixels.ndim not in (2, 3) or 0 in pixels.shape or not 1 <= np.atleast_3d(pixels).shape[2] <= 4:
         raise ValueError(f"expected a picture, H×W or H×W×1 to 4; not an array of shape {pixels.shape}")
     if pixels.dtype not in (np.uint8, np.uint16) and not np.issubdtype(pixels.dtype, np.floating):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dataset_RGB import Pair, target_names
 from utils.errors import UserError, listed, reports_errors, sentence
 from utils.files import atomic_write
+from utils.formats import read_picture
 from utils.images import find_pictures, read_image, write_png
 
 # How rainy and clean pictures are called in the original distributions: paths below the source, in lower case, without
@@ -129,9 +130,9 @@ def split_halves(pairs, root, destination):
     done = 0
     for name, pair in tqdm(new.items(), unit="picture", disable=None):
         try:
-            mode = mode_of(pair.input)
-            if mode not in ("RGB", "L"):
-                raise UserError(f"{pair.input} would lose something as 8-bit RGB (its mode is {mode}).")
+            mode, bits = mode_of(pair.input), 8 * read_picture(pair.input).pixels.itemsize
+            if mode not in ("RGB", "L") or bits > 8:
+                raise UserError(f"{pair.input} would lose something as 8-bit RGB (its mode is {mode}, {bits} bits).")
             for folder, image in zip(("input", "target"), pair.read()):
                 path = destination / folder / name
                 if path.exists() and not np.array_equal(read_image(path), image):

@@ -167,6 +167,8 @@ def main(argv=None):
     parser.add_argument("--style", choices=STYLES, help="one kind of rain (default: all, by their shares)")
     parser.add_argument("--seed", type=int, default=1234)
     args = parser.parse_args(argv)
+    if args.versions < 1 or args.seed < 0:
+        parser.error("--versions must be at least 1, and --seed at least 0")
     paths, root = find_pictures(args.clean)
     names = [str(path.relative_to(root).with_suffix("")) for path in paths]
     versions_of = {f"{name}_{version}": name for name in names for version in range(1, args.versions + 1)}

@@ -1,6 +1,8 @@
 """The record of a training run, beside its checkpoints: what was started, a line per epoch, TensorBoard."""
 
+import contextlib
 import json
+import math
 import sys
 import time
 
@@ -36,6 +38,25 @@ def append(path, content):
         raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
 
 
+def whole_lines(path):
+    """-> dicts of a file's lines of JSON, without those of which a power cut left a part; none if there is no file."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                found.append(content)
+    return found
+
+
+def rewrite(path, lines):
+    """Lets a file of JSON lines hold these alone, if it holds others."""
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    if path.exists() and path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
+
+
 class RunLog:
     """Writes runs.jsonl (a line per start), log.jsonl (a line per epoch) and TensorBoard files into a folder.
 
@@ -44,13 +65,10 @@ class RunLog:
 
     def __init__(self, folder, description, epochs_done, steps_done):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs_done]
-        if kept != lines:
-            with atomic_write(self.path) as file:
-                file.write("".join(kept).encode())
-        append(folder / "runs.jsonl", description)
+        self.path, starts = folder / "log.jsonl", folder / "runs.jsonl"
+        rewrite(self.path, [line for line in whole_lines(self.path) if line.get("epoch", math.inf) <= epochs_done])
+        rewrite(starts, whole_lines(starts))
+        append(starts, description)
         self.board = SummaryWriter(folder, purge_step=steps_done)
 
     def epoch(self, line, step):

@@ -64,7 +64,7 @@ def read_page(page):
     return UPRIGHT.get(page.tags.valueof(ExifTags.Base.Orientation), UPRIGHT[1])(pixels)
 
 
-def read_deep(path, file, white):
+def read_16_bits(path, file, white):
     """-> pixels of a picture in colour, or in grey with alpha, that is open in Pillow and not yet loaded; None if no
     library keeps more than 8 bits of it. Those of TIFF are upright, as Pillow's are, those of other files as stored."""
     tags = file.tag_v2 if file.format == "TIFF" else {}
