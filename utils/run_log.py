@@ -41,7 +41,7 @@ def append(path, content):
 def whole_lines(path):
     """-> dicts of a file's lines of JSON, without those of which a power cut left a part; none if there is no file."""
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             content = json.loads(line)
             if isinstance(content, dict):
@@ -52,7 +52,7 @@ def whole_lines(path):
 def rewrite(path, lines):
     """Lets a file of JSON lines hold these alone, if it holds others."""
     content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    if path.exists() and path.read_bytes() != content:
+    if path.is_file() and path.read_bytes() != content:
         with atomic_write(path) as file:
             file.write(content)
 
