@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.functional import adjust_saturation, center_crop
 
-from utils.errors import UserError, listed
+from utils.errors import UserError, counted, listed
 from utils.images import find_pictures, is_picture, read_image, reflect_pad, to_tensor
 from utils.rain import add_rain
 
@@ -164,6 +164,8 @@ def pair_folder(root, clean_half=None):
             hint = ""
             if root.is_dir() and any(is_picture(path) for path in root.iterdir()):
                 hint = " For pictures with rainy and clean halves side by side, say --clean_half left or right."
+            if not root.is_dir() and known_dataset(root):
+                raise UserError(f"{root} does not exist: {how_to_get(known_dataset(root))}")
             raise UserError(
                 f"{folder} does not exist: put rainy pictures in {folders[0]}, clean ones in {folders[1]}.{hint}"
             )
@@ -180,9 +182,8 @@ def find_pairs(root, clean_half=None):
     """
     pairs, problems = pair_folder(root, clean_half)
     if problems:
-        raise UserError(
-            f"{len(problems)} pictures cannot be paired: add what is missing or remove them.{listed(problems, 20)}"
-        )
+        what = counted(len(problems), "picture")
+        raise UserError(f"{what} cannot be paired: add what is missing or remove them.{listed(problems, 20)}")
     return pairs
 
 

@@ -29,7 +29,7 @@ from utils.devices import (
     reports_lost_processes,
     start_processes,
 )
-from utils.errors import UserError, listed, reports_errors, sentence
+from utils.errors import UserError, counted, listed, reports_errors, sentence
 from utils.files import disk_failed, write_csv
 from utils.formats import KEEPABLE, QUALITY, in_png, write_picture
 from utils.huge import derain_huge, is_huge
@@ -161,7 +161,7 @@ def write_table(rows, path):
     print(f"{'':{name_width}}  rainy PSNR   SSIM    derained PSNR   SSIM")
     for name, *values in [*rows, ("mean", *np.mean([row[1:] for row in rows], axis=0))]:
         print("{:{}}  {:10.2f} {:.4f}  {:14.2f} {:.4f}".format(name, name_width, *values))
-    print(f"{len(rows)} pictures; Y channel, protocol {PROTOCOL}")
+    print(f"{counted(len(rows), 'picture')}; Y channel, protocol {PROTOCOL}")
     write_csv(path, COLUMNS, rows)
 
 
@@ -241,12 +241,17 @@ def main(argv=None):
     clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
     problems |= clip_problems
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
+    if args.target_dir and not targets:
+        raise UserError(f"none of the pictures has a clean one in {args.target_dir}:{listed(unpaired, 3)}")
+    if clips and args.target_dir:
+        unpaired.append("clips are derained, but not measured.")
     there = (results_there(outputs), results_there(clip_outputs)) if args.skip_existing else ({}, {})
     done, clips_done = from_first_process(there)  # others may start later, when there are more
     new = {path: output for path, output in outputs.items() if path not in done}
     clip_outputs = {clip: output for clip, output in clip_outputs.items() if clip not in clips_done}
     if rank == 0:
-        what = f"{len(outputs)} pictures" + (f" and {len(clips)} clips" if clips else "")
+        kinds = {"picture": len(outputs), "clip": len(clips)}
+        what = " and ".join(counted(number, kind) for kind, number in kinds.items() if number) or "nothing"
         what += f" ({len(done) + len(clips_done)} of them there already)" if done or clips_done else ""
         source = "this repository's own weights" if args.weights == OWN_WEIGHTS else args.weights
         print(f"{network_name(net)} from {source} on {device}: {what} -> {output_dir}")
@@ -283,7 +288,7 @@ def main(argv=None):
         write_png(args.panel, contact_sheet(panel))
     if problems or unpaired:
         lines = [*problems.values(), *unpaired]
-        sys.exit(f"error: all is done but for {len(lines)} files:{listed(lines, len(lines))}")
+        sys.exit(f"error: all is done but for {counted(len(lines), 'file')}:{listed(lines, len(lines))}")
 
 
 if __name__ == "__main__":

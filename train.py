@@ -49,7 +49,7 @@ from utils.devices import (
     start_processes,
     sum_over_processes,
 )
-from utils.errors import UserError, reports_errors
+from utils.errors import UserError, counted, reports_errors
 from utils.files import lock
 from utils.images import find_pictures
 from utils.run_log import RunLog, describe, whole_lines
@@ -61,6 +61,7 @@ LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
 TRAIN_DIR = "Datasets/Rain200L/train"
+DATA = ("train_dir", "clean_dir", "clean_half")  # arguments that name it, which a run keeps to
 ABLATIONS = {  # of the paper (its tables 4 to 6), and what lies beyond it -> arguments
     "published": {},
     **{f"passes_{'_'.join(map(str, passes))}": {"passes": passes} for passes in ((3, 2, 1), (2, 2, 2), (0, 2, 3))},
@@ -173,14 +174,22 @@ def find_data(args):
 
 
 def changed_arguments(arguments, record):
-    """-> what differs from the arguments of the last start in runs.jsonl, such as "--lr 0.001 (was 0.0001)"."""
+    """-> what differs from the arguments of the last start in runs.jsonl, such as "--lr 0.001 (was 0.0001)". Raises
+    UserError if that is the data."""
     last = whole_lines(record)[-1:]
-    before = last[0]["arguments"] if last else {}
-    return [
-        f"--{name} {value} (was {before[name]})"
-        for name, value in arguments.items()
-        if name in before and before[name] != value
-    ]
+    before = last[0].get("arguments", {}) if last else {}
+    changed = {name: before[name] for name, value in arguments.items() if name in before and before[name] != value}
+    for name in DATA:
+        if name in changed and not same_path(arguments[name], changed[name]):
+            raise UserError(
+                f"{record.parent} was trained with --{name} {changed[name]}, not {arguments[name]}: choose another "
+                f"--session. If that is the same data in another place, remove {record}."
+            )
+    return [f"--{name} {arguments[name]} (was {value})" for name, value in changed.items()]
+
+
+def same_path(first, second):
+    return bool(first and second) and os.path.abspath(first) == os.path.abspath(second)
 
 
 def make_network(args, path, checkpoint):
@@ -245,7 +254,7 @@ class Trainer:
         self.device, self.rank, self.world = start_processes()
         if args.batch_size < self.world:
             raise UserError(
-                f"--batch_size {args.batch_size} is too small for {self.world} processes: choose a multiple."
+                f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
         self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
         self.latest, self.previous, self.best = (
@@ -317,7 +326,7 @@ class Trainer:
         print(
             f"{network_name(self.net)} on {description['device']}, "
             f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
-            f"{len(self.val_set)} validation pairs, {self.args.num_epochs} epochs -> {self.folder}"
+            f"{len(self.val_set)} validation pairs, {counted(self.args.num_epochs, 'epoch')} -> {self.folder}"
         )
         if source:
             print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
@@ -371,6 +380,8 @@ class Trainer:
             )
 
     def run(self):
+        if self.epoch >= self.args.num_epochs and self.rank == 0:
+            print(f"nothing is left to do of {counted(self.args.num_epochs, 'epoch')}: --num_epochs says how many.")
         while self.epoch < self.args.num_epochs:
             line = self.train_epoch()
             if line["epoch"] % self.args.val_epochs == 0 or line["epoch"] == self.args.num_epochs:

@@ -3,6 +3,7 @@
 python -m Datasets.make_demo
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PHOTOGRAPHS = {
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shipped = Path(data.__file__).parent
     for split, (names, versions) in PHOTOGRAPHS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -71,13 +71,16 @@ def seconds_of(variants, repeats, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(name, rows, device, **facts):
-    """Prints the rows (dicts with the same keys) as a table and writes them with the machine's facts as JSON."""
+def report(name, rows, device, keep=True, **facts):
+    """Prints the rows (dicts with the same keys) as a table and writes them with the machine's facts as JSON, unless
+    they are not what the README shows."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
     facts = {**hardware(device), **software(), **facts}
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
     path = RESULTS / f"{name}_{'gpu' if device.type == 'cuda' else 'cpu'}.json"
+    if not keep:
+        return
     write_json(path, {"rows": rows, "facts": facts})
     print(f"written to {path}")

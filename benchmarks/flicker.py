@@ -1,6 +1,6 @@
 """Flicker between the derained frames of a clip: photographs in rain that is another one in every frame.
 
-python -m benchmarks.flicker --weights model_best.pth
+python -m benchmarks.flicker
 """
 
 import argparse
@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.common import report
 from evaluations.metrics import psnr
-from utils.checkpoint import load_network, network_name
+from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
 from utils.devices import add_gpus, choose_device
 from utils.images import read_image
 from utils.inference import Derainer
@@ -61,7 +61,7 @@ def mean_psnr(frames, clean):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights", type=Path, default=OWN_WEIGHTS, help="(default: this repository's own)")
     add_gpus(parser)
     args = parser.parse_args()
     device = choose_device(args.gpus)
@@ -78,7 +78,7 @@ def main():
         qualities = {f"PSNR, {layer}": mean_psnr(layers[layer], clean) for layer in ("rainy", "derained", "steady")}
         rows.append({"clip": name, **changes, **qualities})
         print(rows[-1], flush=True)
-    report("flicker", rows, device, network=network_name(net), frames=FRAMES)
+    report("flicker", rows, device, args.weights == OWN_WEIGHTS, network=network_name(net), frames=FRAMES)
 
 
 if __name__ == "__main__":

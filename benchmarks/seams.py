@@ -78,7 +78,8 @@ def main():
     net = load_network(args.weights).to(device)
     pictures = [read_image(path).astype(np.float32) / 255 for path in find_pictures(args.pictures)[0]]
     rows = compare(net, pictures, args.win_size)
-    report("seams", rows, device, network=network_name(net), pictures=len(pictures), window=args.win_size)
+    demo = args == parser.parse_args([])
+    report("seams", rows, device, demo, network=network_name(net), pictures=len(pictures), window=args.win_size)
 
 
 if __name__ == "__main__":

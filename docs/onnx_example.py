@@ -2,6 +2,8 @@
 
 pip install onnxruntime pillow
 python docs/onnx_example.py nerd_rain_s.onnx rainy.jpg derained.png
+
+The file comes from `python export.py`. One that was exported with --size takes pictures of that size only.
 """
 
 import sys
@@ -12,6 +14,8 @@ from PIL import Image
 
 MULTIPLE = 16  # of both sides
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 model, source, result = sys.argv[1:]
 picture = np.asarray(Image.open(source).convert("RGB"))
 height, width = picture.shape[:2]

@@ -153,8 +153,11 @@ def main(argv=None):
     print(f"\n{as_markdown([row for row in rows if row.ours or row.method in args.models])}")
     print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
     if args.figure:
-        figure.write_comparison(args.figure, args.data_dir, args.results_dir, f"{args.output}_figure")
-        print(f"and {args.output}_figure.png, .pdf")
+        try:
+            figure.write_comparison(args.figure, args.data_dir, args.results_dir, f"{args.output}_figure")
+            print(f"and {args.output}_figure.png, .pdf")
+        except UserError as error:
+            missing.append(f"no figure was drawn: {error}")
     if missing:
         sys.exit(f"error: the table is made, but not all could be measured:{listed(missing, len(missing))}")
 

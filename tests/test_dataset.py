@@ -64,7 +64,7 @@ def test_an_equal_name_beats_a_scene_name(tmp_path):
 def test_a_clean_picture_with_a_rainy_one_of_its_name_is_nobody_elses(tmp_path):
     write_all(tmp_path / "input", ["a.png", "a_1.png", "a_2.png"])
     write_all(tmp_path / "target", ["a.png", "a_1.png"])
-    with pytest.raises(UserError, match=r"1 pictures cannot be paired.*\n.*a_2.png has no clean picture"):
+    with pytest.raises(UserError, match=r"1 picture cannot be paired.*\n.*a_2.png has no clean picture"):
         find_pairs(tmp_path)
 
 

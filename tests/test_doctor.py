@@ -64,6 +64,11 @@ def test_a_test_set_without_one_pair(dataset, capsys):
     assert "0.png has no clean picture" in text and "train: 5 pairs" in text
 
 
+def test_a_known_set_that_is_not_there_can_be_downloaded(tmp_path, capsys):
+    text = report(capsys, tmp_path / "Rain200L", healthy=False)
+    assert "can be downloaded from" in text and "Datasets/Rain200L/train/input" in text
+
+
 def test_the_published_number_is_missed(tmp_path, capsys):
     make_pairs(tmp_path / "Rain12", count=11)
     text = report(capsys, tmp_path / "Rain12", healthy=False)

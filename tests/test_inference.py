@@ -235,7 +235,18 @@ def test_images_and_files_come_back_as_they_went_in(narrow_weights, tmp_path, mo
         derain("a.png", "c.pth", gpus="cpu")
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 5), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((4, 4), int)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((2, 4, 4, 3)),
+        np.zeros((4, 4), int),
+        np.full((4, 4), 255.0),
+        np.full((4, 4), np.nan),
+        torch.zeros(4, 4, 3),
+        [[0]],
+    ],
+)
 def test_arrays_that_are_no_pictures_are_refused(narrow_weights, image):
     with pytest.raises(ValueError, match="expected"):
         derain(image, narrow_weights, gpus="cpu")

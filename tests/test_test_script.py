@@ -111,6 +111,13 @@ def test_psnr_and_ssim_are_printed_written_and_shown(run, tmp_path, capsys):
     assert sheet.shape[1] > 3 * 48 and sheet.shape[0] > 2 * 40
 
 
+def test_the_wrong_clean_pictures_are_noticed_before_the_work(run, tmp_path, photos):
+    clean = make_pairs(tmp_path / "pairs", count=2) / "target"
+    message = failure(run, photos, "--target_dir", str(clean))
+    assert f"none of the pictures has a clean one in {clean}" in message and "a.png has no clean picture" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_named_files_are_a_pair(run, tmp_path, photos):
     clean = tmp_path / "anything.png"
     write_png(clean, read_image(photos / "a.png"))
@@ -138,7 +145,7 @@ def test_pairs_that_do_not_fit_are_listed_and_the_others_measured(run, tmp_path,
     (pairs / "target" / "1.png").unlink()
     message = failure(run, pairs / "input", "--target_dir", str(pairs / "target"))
     assert "0.png are not of one size" in message and "input/1.png has no clean picture" in message
-    assert "1 pictures; Y channel" in capsys.readouterr().out
+    assert "1 picture; Y channel" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "1.png", "2.png"}
 
 

@@ -160,6 +160,19 @@ def test_a_finished_run_can_be_prolonged_and_is_not_repeated(options, tmp_path):
     assert [line["epoch"] for line in lines_of(session(tmp_path))] == [1, 2, 3, 4]
 
 
+def test_a_session_keeps_to_its_data(options, tmp_path, pairs_folder, capsys):
+    train.main([*options, "--num_epochs", "1"])
+    others = str(make_pairs(tmp_path / "others", count=6, seed=2))
+    message = fails([*options, "--train_dir", others, "--num_epochs", "2"])
+    assert "choose another --session" in message and str(pairs_folder) in message and others in message
+    assert load_checkpoint(session(tmp_path) / "model_latest.pth")["epoch"] == 1
+    capsys.readouterr()
+    train.main([*options, "--train_dir", os.path.relpath(pairs_folder), "--num_epochs", "1"])
+    assert "nothing is left to do of 1 epoch" in capsys.readouterr().out
+    (session(tmp_path) / "runs.jsonl").unlink()
+    train.main([*options, "--train_dir", others, "--num_epochs", "2"])
+
+
 def test_accumulated_batches_take_the_steps_of_larger_ones(options, tmp_path):
     train.main([*options, "--batch_size", "6"])
     train.main([*options, "--batch_size", "1", "--accumulate", "6", "--session", "b"])

@@ -96,5 +96,7 @@ def download(url, path):
         kept = sum(part.stat().st_size for part in parts())
         hint = f"; {kept / 2**20:.1f} MiB of it are kept, repeat the command to continue" if kept else ""
         reason = " ".join(str(error).partition("\nThe received bytes")[0].split())
+        if unreachable := re.search(r"ConnectionPool\(host='([^']+)'", reason):
+            reason = f"no connection to {unreachable[1]}"
         raise UserError(f"{url} could not be fetched ({reason.rstrip('.')}{hint}).") from error
     return continued

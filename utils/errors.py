@@ -18,6 +18,11 @@ def sentence(error):
     return str(error).rpartition("UserError: ")[2].strip()
 
 
+def counted(number, noun):
+    """-> such as "1 picture" or "2 pictures"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(problems, most):
     """-> the first `most` sentences, each on a line of its own, and how many more there are."""
     more = [f"… and {len(problems) - most} more"] if len(problems) > most else []

@@ -23,6 +23,7 @@ MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
 LARGE = 2**20  # pixels; above it, tiles are the default, below it the windows of the published tables
 GPU_BATCH = 8  # windows
+OVERSHOOT = 0.2  # beyond [0, 1], as resizing leaves it in floating-point pictures
 
 
 def window_spans(side, window):
@@ -291,14 +292,19 @@ def derain(
         return write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
     if isinstance(image, Image.Image):
         return Image.fromarray(derain_array(derainer, channels_of(ImageOps.exif_transpose(image))))
-    return derain_array(derainer, image).reshape(image.shape)
+    derained = derain_array(derainer, image)
+    return derained.reshape(image.shape)
 
 
 def derain_array(derainer, pixels):
     """An array as `derain` takes it -> its result, H×W or H×W×2 to 4. Raises ValueError for one of another kind."""
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError(f"expected a NumPy array, a Pillow image or a file's path, not {type(pixels).__name__}")
     if pixels.ndim not in (2, 3) or 0 in pixels.shape or not 1 <= np.atleast_3d(pixels).shape[2] <= 4:
         raise ValueError(f"expected a picture, H×W or H×W×1 to 4; not an array of shape {pixels.shape}")
     if pixels.dtype not in (np.uint8, np.uint16) and not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"expected values of type uint8, uint16 or floating-point in [0, 1], not {pixels.dtype}")
+    if np.issubdtype(pixels.dtype, np.floating) and not (pixels.min() >= -OVERSHOOT and pixels.max() <= 1 + OVERSHOOT):
+        raise ValueError(f"expected values in [0, 1], found {pixels.min()} to {pixels.max()}: divide 8-bit ones by 255")
     picture = from_channels(np.atleast_3d(pixels), {})
     return to_channels(picture._replace(pixels=derainer(picture.pixels)))

@@ -10,6 +10,7 @@ with noise and JPEG compression records it. STYLES says how its parameters are d
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError, reports_errors
+from utils.errors import UserError, counted, listed, reports_errors
 from utils.images import find_pictures, read_image, write_png
 
 
@@ -175,12 +176,19 @@ def main(argv=None):
     for name in names:
         if name in versions_of or names.count(name) > 1:
             raise UserError(f"{name} in {root} would be mixed up with a picture of nearly the same name: rename it.")
+    broken = []
     for number, (path, name) in enumerate(zip(tqdm(paths, unit="picture", disable=None), names)):
-        clean = read_image(path)
+        try:
+            clean = read_image(path)
+        except UserError as error:
+            broken.append(str(error))
+            continue
         write_png(args.output / "target" / f"{name}.png", clean)
         for version in range(1, args.versions + 1):
             rng = np.random.default_rng((args.seed, number, version))
             write_png(args.output / "input" / f"{name}_{version}.png", add_rain(clean, rng, args.style))
+    if broken:
+        sys.exit(f"error: all is done but for {counted(len(broken), 'picture')}:{listed(broken, 20)}")
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from utils.environment import software
-from utils.errors import UserError
+from utils.errors import UserError, counted
 from utils.files import atomic_write
 
 
 def describe(arguments, device, processes):
     """What is about to run -> dict."""
-    gpu = device.type == "cuda"
+    cpu = f"CPU with {counted(torch.get_num_threads(), 'thread')}"
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
         "arguments": arguments,
         **software(),
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name(device) if gpu else f"CPU with {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "processes": processes,
     }
 

@@ -34,7 +34,8 @@ def load_released(network, dataset, folder=None, mirror=None):
     released = released_weights()
     if (network, dataset) not in released:
         known = ", ".join("/".join(key) for key in released)
-        raise UserError(f"no weights {network}/{dataset} were released: there are {known}.")
+        wanted = "/".join(filter(None, (network, dataset)))
+        raise UserError(f"no weights {wanted} were released: there are {known}.")
     fact, path = released[network, dataset], Path(folder or RELEASED) / network / f"{dataset}.pth"
     try:
         if not path.exists():
