@@ -12,6 +12,7 @@ from datetime import timedelta
 from itertools import chain
 from os.path import join, realpath
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -224,6 +225,37 @@ def stop(number, _):
     sys.exit(128 + number)
 
 
+class Plan(NamedTuple):
+    """What there is to do, by input path."""
+
+    new: dict  # pictures to derain -> result path
+    done: dict  # pictures that an earlier run derained -> result path
+    clips: dict  # clips to derain -> result path
+    there: int  # how many pictures and clips an earlier run derained
+    targets: dict  # pictures -> clean picture's path
+    problems: dict  # what cannot be done -> why
+    unpaired: list  # sentences on pictures without a clean one
+
+
+def make_plan(args, sources, clips, output_dir):
+    """Raises UserError where nothing of it could be done as it was meant."""
+    if output_dir.is_file():
+        raise UserError(f"{output_dir} is a file: choose another --output_dir.")
+    found = [find_inputs(source, output_dir) for source in sources]
+    clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
+    kept = [*clips, *clean_paths, *(path for paths, _ in found for path in paths)]
+    outputs, problems = without_clashes(results_of(found, output_dir, args.keep_format), kept)
+    clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
+    targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
+    if unpaired and not targets:
+        raise UserError(f"none of the pictures has a clean one in {args.target_dir}:{listed(unpaired, 3)}")
+    there = (results_there(outputs), results_there(clip_outputs)) if args.skip_existing else ({}, {})
+    done, clips_done = from_first_process(there)  # others may start later, when there are more
+    new = {path: output for path, output in outputs.items() if path not in done}
+    clip_outputs = {clip: output for clip, output in clip_outputs.items() if clip not in clips_done}
+    return Plan(new, done, clip_outputs, len(done) + len(clips_done), targets, problems | clip_problems, unpaired)
+
+
 @reports_errors
 def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
@@ -232,38 +264,24 @@ def main(argv=None):
     net = load_network(args.weights).to(device)
     clips, sources = split_clips(args.input_dir)
     output_dir = args.output_dir or default_output_dir([*sources, *clips][0])
-    if output_dir.is_file():
-        raise UserError(f"{output_dir} is a file: choose another --output_dir.")
-    found = [find_inputs(source, output_dir) for source in sources]
-    clean_paths, clean_root = find_pictures(args.target_dir) if args.target_dir else ([], None)
-    kept = [*clips, *clean_paths, *(path for paths, _ in found for path in paths)]
-    outputs, problems = without_clashes(results_of(found, output_dir, args.keep_format), kept)
-    clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
-    problems |= clip_problems
-    targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
-    if args.target_dir and not targets:
-        raise UserError(f"none of the pictures has a clean one in {args.target_dir}:{listed(unpaired, 3)}")
-    if clips and args.target_dir:
-        unpaired.append("clips are derained, but not measured.")
-    there = (results_there(outputs), results_there(clip_outputs)) if args.skip_existing else ({}, {})
-    done, clips_done = from_first_process(there)  # others may start later, when there are more
-    new = {path: output for path, output in outputs.items() if path not in done}
-    clip_outputs = {clip: output for clip, output in clip_outputs.items() if clip not in clips_done}
+    plan = make_plan(args, sources, clips, output_dir)
     if rank == 0:
-        kinds = {"picture": len(outputs), "clip": len(clips)}
+        pictures, there = len(plan.new) + len(plan.done), f" ({plan.there} of them there already)" if plan.there else ""
+        kinds = {"picture": pictures, "clip": len(clips)}
         what = " and ".join(counted(number, kind) for kind, number in kinds.items() if number) or "nothing"
-        what += f" ({len(done) + len(clips_done)} of them there already)" if done or clips_done else ""
         source = "this repository's own weights" if args.weights == OWN_WEIGHTS else args.weights
-        print(f"{network_name(net)} from {source} on {device}: {what} -> {output_dir}")
+        print(f"{network_name(net)} from {source} on {device}: {what}{there} -> {output_dir}")
+        if clips and args.target_dir:
+            print("Clips are derained, but not measured.")
 
     settings = (args.mode, args.win_size, args.bf16, args.ensemble, args.fused)
     derainer = Derainer(net, *settings)
-    new, done = share(new, rank, world), share(done, rank, world)
-    results = chain(measure_done(done, targets), derain_all(derainer, new, targets, args.quality))
+    new, done = share(plan.new, rank, world), share(plan.done, rank, world)
+    results = chain(measure_done(done, plan.targets), derain_all(derainer, new, plan.targets, args.quality))
     rows, panel, mine = [], [], {}  # mine: this process's problems
     with logging_redirect_tqdm():
-        bar = tqdm(results, total=len(new) + len(done), unit="picture", disable=None if rank == 0 and outputs else True)
-        for path, result in bar:
+        count = len(new) + len(done)
+        for path, result in tqdm(results, total=count, unit="picture", disable=None if rank == 0 and count else True):
             if isinstance(result, UserError):
                 if disk_failed(result):
                     raise result
@@ -273,21 +291,22 @@ def main(argv=None):
                 rows.append((str(written.relative_to(output_dir)), *scores))
                 if args.panel and len(panel) < PANEL_ROWS:
                     panel.append(pictures)
-        mine |= derain_clips(share(clip_outputs, rank, world), derainer, args.weights, settings, args.steady)
+        mine |= derain_clips(share(plan.clips, rank, world), derainer, args.weights, settings, args.steady)
     with reports_lost_processes():
         rows, mine = zip(*from_all_processes((rows, mine)))
     end_processes()
     if rank > 0:
         return
     rows = sorted(chain(*rows))
+    problems = plan.problems
     for others in mine:
         problems |= others
     if rows:
         write_table(rows, output_dir / "psnr_ssim.csv")
     if panel:
         write_png(args.panel, contact_sheet(panel))
-    if problems or unpaired:
-        lines = [*problems.values(), *unpaired]
+    if problems or plan.unpaired:
+        lines = [*problems.values(), *plan.unpaired]
         sys.exit(f"error: all is done but for {counted(len(lines), 'file')}:{listed(lines, len(lines))}")
 
 

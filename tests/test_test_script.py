@@ -215,7 +215,7 @@ def test_a_result_that_became_png_is_found_again_and_shares_its_name_with_no_oth
     write_png(tmp_path / "in" / "a.jpg.png", np.full((30, 40, 3), 99, np.uint8))
     for options in ((), ("--skip_existing",)):
         message = failure(run, tmp_path / "in", "--keep_format", *options)
-        assert "a.jpg.png and" in message and "a.jpg could both become" in message and "1 files" in message
+        assert "a.jpg.png and" in message and "a.jpg could both become" in message and "1 file:" in message
         assert read_image(tmp_path / "out" / "a.jpg.png").shape == (24, 20, 3)
 
 
@@ -271,7 +271,7 @@ def test_two_processes_do_what_one_does_and_a_rerun_finishes_the_rest(tmp_path, 
     for launcher, out in (([sys.executable], "one"), (torchrun, "two"), (torchrun, "two")):
         run = subprocess.run([*launcher, "test.py", *options, tmp_path / out], cwd=ROOT, capture_output=True, text=True)
         said = run.stderr.partition("Traceback")[0]  # torchrun's comes after it
-        assert run.returncode == 1 and "all is done but for 1 files" in said and "3.png cannot be read" in said
+        assert run.returncode == 1 and "all is done but for 1 file" in said and "3.png cannot be read" in said
         assert "4 pictures; Y channel" in run.stdout
         results = {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()}
         if out == "one":

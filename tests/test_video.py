@@ -125,7 +125,7 @@ def test_a_clip_is_derained_frame_by_frame_with_its_sound(tmp_path, narrow_weigh
     clip = write_clip(tmp_path / "clip.mp4", pictures(8), sound="aac")
     options = ["--weights", str(narrow_weights), "--win_size", "32", "--output_dir", str(tmp_path / "out")]
     script.main(["--input_dir", str(clip), *options])
-    assert "0 pictures and 1 clips" in capsys.readouterr().out
+    assert "on cpu: 1 clip ->" in capsys.readouterr().out
     result = tmp_path / "out" / "clip.mp4"
     derainer = Derainer(load_network(narrow_weights), window=32)
     luma = (0.299, 0.587, 0.114)  # the colours of what a random network makes are lost to their halved resolution
