@@ -9,6 +9,7 @@ import html
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -305,29 +306,31 @@ def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args.gpus)
     load_network(args.weights)  # says now what is wrong with it
+    try:  # Gradio would try a hundred ports for minutes
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port or 0), family=family).close()
+    except OSError as error:
+        where = args.host if args.port is None else f"{args.host}:{args.port}"
+        raise UserError(f"{where} cannot be used ({error}): choose another --host or --port.") from error
     EpsImagePlugin.gs_binary = False  # PostScript is a programming language: what visitors send is not run
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is deleted then, too
     with tempfile.TemporaryDirectory(prefix="nerd_rain_", ignore_cleanup_errors=True) as folder:
         tempfile.tempdir = folder  # for all that this process writes
         running = {}
         page = build(device, find_weights(args.weights), args.max_megapixels, args.max_seconds, running)
-        try:
-            _, url, _ = page.launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=False,
-                enable_monitoring=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size=f"{UPLOAD_MB}mb",
-                allowed_paths=[str(EXAMPLES[0].parent)],
-                footer_links=[],
-                ssr_mode=False,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            )
-        except OSError as error:
-            where = args.host if args.port is None else f"{args.host}:{args.port}"
-            raise UserError(f"{where} cannot be used ({error}): choose another --host or --port.") from error
+        _, url, _ = page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            enable_monitoring=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=f"{UPLOAD_MB}mb",
+            allowed_paths=[str(EXAMPLES[0].parent)],
+            footer_links=[],
+            ssr_mode=False,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
         print(f"{url} derains pictures on {device}; Ctrl-C ends it.")
         page.block_thread()
         for stop in list(running.values()):
