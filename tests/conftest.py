@@ -34,6 +34,12 @@ def pairs_folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Random weights are the same whichever tests ran before in the process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def signals_restored():
     """train.py takes over Ctrl-C and SIGTERM."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

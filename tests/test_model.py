@@ -72,19 +72,23 @@ def test_the_published_formulation_gives_the_same_outputs(name, memory_format):
         torch.testing.assert_close(output, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("part, inputs", [(INR(8), (2, 8, 10, 14)), (Attention(12, 3), (2, 12, 7, 9))])
+@pytest.mark.parametrize("part, inputs", [(lambda: INR(8), (2, 8, 10, 14)), (lambda: Attention(12, 3), (2, 12, 7, 9))])
 def test_parts_equal_the_published_formulation(part, inputs):
-    """Outputs and gradients; channels that are all zero, on black pictures, have finite gradients, too."""
+    """Outputs and gradients, in float64: in float32 rounding moves a value across a ReLU's zero now and then.
+
+    Channels that are all zero, on black pictures, have finite gradients, too.
+    """
+    part = part().double()
     plain = yardstick(part)
     assert type(plain) is not type(part)
-    x = torch.randn(inputs, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(inputs).double()
     gradients = []
     for module in (part, plain):
         y = module(x)
         gradients.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
     for ours, theirs in zip(*gradients):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-    black = part(torch.zeros(inputs)).sum()
+        torch.testing.assert_close(ours, theirs)
+    black = part(torch.zeros(inputs).double()).sum()
     assert all(g.isfinite().all() for g in torch.autograd.grad(black, list(part.parameters())))
 
 
