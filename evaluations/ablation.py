@@ -58,7 +58,10 @@ def measure(runs, data, device):
             checkpoint = load_checkpoint(folder / "model_latest.pth")
             net = build_network(checkpoint, folder / "model_latest.pth")
             derain = Derainer(net.to(device))
-            scores.append(np.ravel([score(derain, pairs, protocol) for pairs, protocol in data.values()]))
+            means = [score(derain, pairs, protocol) for pairs, protocol in data.values()]
+            shown = ", ".join(f"{test_set} {psnr:.2f}/{ssim:.4f}" for test_set, (psnr, ssim) in zip(data, means))
+            print(f"{name}/{folder.name}: {shown}", flush=True)
+            scores.append(np.ravel(means))
             epochs.add(checkpoint["epoch"])
         size = size_of(derain, np.zeros((SIDE, SIDE, 3), np.uint8))
         spread = [statistics.stdev(values) if len(values) > 1 else None for values in zip(*scores)]
