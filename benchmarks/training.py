@@ -13,7 +13,7 @@ from tests.golden import golden_network
 from tests.yardstick import yardstick
 
 STEPS = 3  # after which the losses must still agree
-SIZES = ((1, 64), (4, 64), (1, 128))  # batch, patch
+SIZES = ((1, 64), (4, 64), (1, 128), (1, 256))  # batch, patch; the last are the published ones
 
 
 class Step:
