@@ -46,7 +46,7 @@ def kept_activations(forward):
 
     def remember(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         result = forward()  # as long as it lives, no storage is used twice
