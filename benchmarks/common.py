@@ -32,14 +32,12 @@ def parse_args(description, networks, repeats=None, compiles=False):
 
 
 def return_freed_memory():
-    """Gives back what was kept, and lets glibc treat memory as it does by itself once its thresholds have settled on
-    large tensors."""
+    """Lets glibc treat memory as it does by itself once its thresholds have settled on large tensors."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 65536)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
-        libc.malloc_trim(0)
 
 
 def by_default(function):
