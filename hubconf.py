@@ -7,10 +7,11 @@ set for which the authors released weights, which are fetched: "Rain200L", "Rain
 "SPA-Data". Networks with weights are in evaluation mode; those without take the options of model.MultiscaleNet.
 """
 
+from model import NETWORKS
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.errors import UserError
 from utils.inference import derain as derain
-from utils.weights import NETWORKS, load_released
+from utils.weights import load_released
 
 dependencies = ["cv2", "numpy", "PIL", "tifffile", "torch", "torchvision", "tqdm"]
 

@@ -557,3 +557,7 @@ def nerd_rain_s(**options):
 def nerd_rain_mprnet(**options):
     """NeRD-Rain-MPRNet (Table 6): 22,983,411 parameters."""
     return MultiscaleNet(**{"dim": 48, "num_blocks": (1, 1, 1), "heads": None} | options)
+
+
+NETWORKS = {"NeRD-Rain": nerd_rain, "NeRD-Rain-S": nerd_rain_s, "NeRD-Rain-MPRNet": nerd_rain_mprnet}  # the paper's
+NETWORK_NAMES = tuple(build.__name__ for build in NETWORKS.values())  # as options name them

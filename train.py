@@ -54,7 +54,6 @@ from utils.files import lock
 from utils.images import find_pictures
 from utils.run_log import RunLog, describe, whole_lines
 
-NETWORKS = ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet")
 WARMUP_EPOCHS = 3
 MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
@@ -93,7 +92,7 @@ def parse_args(argv=None):
     add("clean_repeats", 1, "how often each of them comes in an epoch, with another rain each time", metavar="N")
     add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
     add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
-    add("model", choices=NETWORKS, help="network; by default that of the weights it starts from, or nerd_rain")
+    add("model", choices=model.NETWORK_NAMES, help="default: that of the weights it starts from, or nerd_rain")
     names = ", ".join(ABLATIONS)
     add("ablation", choices=ABLATIONS, help=f"preset of session and of the options after it: {names}", metavar="NAME")
     add("dim", type=int, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")

@@ -31,7 +31,12 @@ def parse_args(description, networks, repeats=None, compiles=False):
     return args
 
 
-def return_freed_memory():
+def give_back_memory():
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps none
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_memory():
     """Lets glibc treat memory as it does by itself once its thresholds have settled on large tensors."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -44,7 +49,7 @@ def by_default(function):
     """Runs a baseline without what utils.devices sets for a CPU."""
 
     def run():
-        return_freed_memory()
+        reset_memory()
         result = function()
         keep_freed_memory()
         return result
@@ -54,7 +59,7 @@ def by_default(function):
 
 def seconds_of(variants, repeats, device):
     """Runs the named functions in turn, each twice in a row -> dict of name -> median seconds of the second runs. The
-    first ones settle caches and memory after the function before."""
+    first ones settle caches and memory, of which none is left over from the function before."""
 
     def run(function):
         start = time.perf_counter()
@@ -66,6 +71,7 @@ def seconds_of(variants, repeats, device):
     times = {name: [] for name in variants}
     for _ in range(repeats):
         for name, function in variants.items():
+            give_back_memory()
             run(function)
             times[name].append(run(function))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -30,8 +30,6 @@ from utils.environment import software
 from utils.errors import UserError, reports_errors
 from utils.inference import Derainer
 
-NETWORKS = ("nerd_rain_s", "nerd_rain", "nerd_rain_mprnet")
-
 
 def peak_memory(device):
     """The most memory in MiB that this process has held: on the GPU, or in all."""
@@ -76,7 +74,8 @@ def measure(network, height, width, gpus, repeats):
 @reports_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NETWORK")
+    names = model.NETWORK_NAMES
+    parser.add_argument("--networks", nargs="+", choices=names, default=names, metavar="NETWORK")
     parser.add_argument("--size", nargs=2, type=int, default=(256, 256), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
     add_gpus(parser)

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 
-import model
 from evaluations.table import paper_scores, read_facts
+from model import NETWORKS
 from utils import download
 from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
 from utils.errors import UserError, listed, reports_errors, sentence
 
 RELEASED = OWN_WEIGHTS.parent / "released"
-NETWORKS = {"NeRD-Rain": model.nerd_rain, "NeRD-Rain-S": model.nerd_rain_s, "NeRD-Rain-MPRNet": model.nerd_rain_mprnet}
 
 
 def released_weights():
