@@ -104,11 +104,12 @@ def known_dataset(path):
 def how_to_get(dataset):
     """-> a sentence on where a data set can be had and where to put it."""
     recipe = DATASETS[dataset]
-    if not recipe.url:
+    if dataset == "demo":
         return "it is part of this repository, git checkout brings it back."
+    place = f"from {recipe.url} (code {recipe.code})" if recipe.url else "as Datasets/README.md says"
     return (
-        f"{dataset} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded from "
-        f"{recipe.url} (code {recipe.code}). Put it into\n"
+        f"{dataset} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded {place}. Put "
+        "it into\n"
         f"  Datasets/{dataset}/train/input   Datasets/{dataset}/train/target\n"
         f"  Datasets/{dataset}/test/input    Datasets/{dataset}/test/target\n"
         "with rainy pictures in input/ and clean ones in target/ (`python -m utils.prepare` does that with the "

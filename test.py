@@ -10,7 +10,7 @@ import signal
 import sys
 from datetime import timedelta
 from itertools import chain
-from os.path import join, realpath
+from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,11 @@ def parse_args(argv=None):
         "to a megapixel, tile above)",
     )
     parser.add_argument("--win_size", type=int, default=WINDOW, help="side of windows and tiles (default: %(default)s)")
-    parser.add_argument("--ensemble", action="store_true", help="mean of the eight turned and mirrored pictures")
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="mean of the eight turned and mirrored pictures; not for this repository's own weights",
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
     parser.add_argument("--fused", action="store_true", help="fused kernels and CUDA graphs, on NVIDIA GPUs")
     parser.add_argument("--steady", action="store_true", help="clips: damps flicker where nothing moves")
@@ -98,17 +102,12 @@ def default_output_dir(source):
 
 
 def find_inputs(source, output_dir):
-    """find_pictures, but without what lies in an output folder within the input folder: results of an earlier run.
-    Raises UserError where the two are one."""
-    paths, root = find_pictures(source)
-    results = join(realpath(output_dir), "")
-    if results != join(realpath(root), ""):
-        return [path for path in paths if not realpath(path).startswith(results)], root
-    if Path(source).is_dir():
+    """find_pictures without the results of an earlier run. Raises UserError where output and input folder are one."""
+    if Path(source).is_dir() and realpath(source) == realpath(output_dir):
         raise UserError(
             f"{output_dir} is the input folder, where results would be taken for inputs: choose another --output_dir."
         )
-    return paths, root
+    return find_pictures(source, [output_dir])
 
 
 def results_of(found, output_dir, keep_format):
@@ -271,6 +270,8 @@ def main(argv=None):
         what = " and ".join(counted(number, kind) for kind, number in kinds.items() if number) or "nothing"
         source = "this repository's own weights" if args.weights == OWN_WEIGHTS else args.weights
         print(f"{network_name(net)} from {source} on {device}: {what}{there} -> {output_dir}")
+        if args.ensemble and args.weights == OWN_WEIGHTS:
+            print("These weights know rain that falls: --ensemble, which also turns pictures on their side, does harm.")
         if clips and args.target_dir:
             print("Clips are derained, but not measured.")
 

@@ -60,7 +60,8 @@ LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
 TRAIN_DIR = "Datasets/Rain200L/train"
-DATA = ("train_dir", "clean_dir", "clean_half")  # arguments that name it, which a run keeps to
+DATA = ("train_dir", "clean_dir", "clean_half", "hold_out")  # arguments that name it, which a run keeps to
+VALIDATION = ("val_dir", "patch_size")  # those that decide what it is validated on
 ABLATIONS = {  # of the paper (its tables 4 to 6), and what lies beyond it -> arguments
     "published": {},
     **{f"passes_{'_'.join(map(str, passes))}": {"passes": passes} for passes in ((3, 2, 1), (2, 2, 2), (0, 2, 3))},
@@ -158,7 +159,8 @@ def parse_args(argv=None):
 
 def find_data(args):
     """-> what to train on, pairs and photographs; validation pairs."""
-    if args.dataset and not Path(args.train_dir).is_dir():
+    preset = args.dataset and Path("Datasets", args.dataset, "train")
+    if preset and Path(args.train_dir) == preset and not preset.is_dir():
         raise UserError(
             f"{args.train_dir} does not exist: {how_to_get(args.dataset)} To try training without a download: "
             "bash train.sh demo"
@@ -173,18 +175,18 @@ def find_data(args):
 
 
 def changed_arguments(arguments, record):
-    """-> what differs from the arguments of the last start in runs.jsonl, such as "--lr 0.001 (was 0.0001)". Raises
-    UserError if that is the data."""
+    """-> dict of arguments that differ from those of the last start in runs.jsonl -> what they were. Raises UserError
+    if that is the data."""
     last = whole_lines(record)[-1:]
     before = last[0].get("arguments", {}) if last else {}
     changed = {name: before[name] for name, value in arguments.items() if name in before and before[name] != value}
     for name in DATA:
-        if name in changed and not same_path(arguments[name], changed[name]):
+        if name in changed and (name == "hold_out" or not same_path(arguments[name], changed[name])):
             raise UserError(
                 f"{record.parent} was trained with --{name} {changed[name]}, not {arguments[name]}: choose another "
                 f"--session. If that is the same data in another place, remove {record}."
             )
-    return [f"--{name} {arguments[name]} (was {value})" for name, value in changed.items()]
+    return changed
 
 
 def same_path(first, second):
@@ -329,8 +331,13 @@ class Trainer:
         )
         if source:
             print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
-            if changes := changed_arguments(vars(self.args), self.folder / "runs.jsonl"):
-                print(f"changed since the last start: {', '.join(changes)}")
+            arguments = vars(self.args)
+            if changes := changed_arguments(arguments, self.folder / "runs.jsonl"):
+                described = (f"--{name} {arguments[name]} (was {value})" for name, value in changes.items())
+                print(f"changed since the last start: {', '.join(described)}")
+            if changes.keys() & VALIDATION:
+                print(f"its PSNR is another one now: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
+                self.best_psnr, self.best_epoch = -math.inf, 0
         return RunLog(self.folder, description, self.epoch, self.steps_done())
 
     def steps_done(self):

@@ -1,4 +1,4 @@
-"""Derains a picture with ONNX Runtime and NumPy; Pillow opens and saves the file.
+"""Derains an 8-bit picture with ONNX Runtime and NumPy; Pillow opens and saves the file.
 
 pip install onnxruntime pillow
 python docs/onnx_example.py nerd_rain_s.onnx rainy.jpg derained.png
@@ -10,14 +10,14 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 MULTIPLE = 16  # of both sides
 
 if len(sys.argv) != 4:
     sys.exit(__doc__)
 model, source, result = sys.argv[1:]
-picture = np.asarray(Image.open(source).convert("RGB"))
+picture = np.asarray(ImageOps.exif_transpose(Image.open(source)).convert("RGB"))
 height, width = picture.shape[:2]
 padded = np.pad(picture, [(0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)], mode="reflect")
 rainy = np.float32(padded.transpose(2, 0, 1)[None]) / 255  # 1×3×H×W in [0, 1]

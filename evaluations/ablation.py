@@ -57,7 +57,7 @@ def measure(runs, data, device):
         for folder in folders:
             checkpoint = load_checkpoint(folder / "model_latest.pth")
             net = build_network(checkpoint, folder / "model_latest.pth")
-            derain = Derainer(net.to(device))
+            derain = Derainer(net.to(device), mode="window")
             means = [score(derain, pairs, protocol) for pairs, protocol in data.values()]
             shown = ", ".join(f"{test_set} {psnr:.2f}/{ssim:.4f}" for test_set, (psnr, ssim) in zip(data, means))
             print(f"{name}/{folder.name}: {shown}", flush=True)
@@ -127,6 +127,8 @@ def main(argv=None):
     data = {}
     for folder in args.data:
         name = known_dataset(folder) or folder.name
+        if name in data:
+            raise UserError(f"{folder} and another test set are both called {name}: compare on one after the other.")
         data[name] = (find_pairs(folder), DATASETS[name].protocol if name in DATASETS else "rain200")
     rows = measure(runs, data, choose_device(args.gpus))
     print(table := as_markdown(rows, data))

@@ -51,7 +51,7 @@ def size_of(derain, picture):
 def measure(network, height, width, gpus, repeats):
     """-> dict of one network's figures; in a process of its own, as peak memory never falls."""
     device = choose_device(gpus)
-    derain = Derainer(getattr(model, network)().to(device))
+    derain = Derainer(getattr(model, network)().to(device), mode="window")
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     weights = peak_memory(device)
     derain(picture)  # warms up, before anything else can raise the peak

@@ -46,6 +46,13 @@ def test_ablations_train_and_are_recognised_from_their_files(train_one, name):
     assert (load_checkpoint(folder / "model_latest.pth")["usual_loss"] is None) == (name != "loss_guard")
 
 
+def test_two_test_sets_of_one_name_are_refused(train_one, tmp_path):
+    train_one("published")
+    data = [str(make_pairs(tmp_path / name / "test", count=1)) for name in "ab"]
+    with pytest.raises(SystemExit, match=f"{data[1]} and another test set are both called test"):
+        ablation.main(["--runs", str(tmp_path / "Deraininig" / "models" / "ablation"), "--data", *data])
+
+
 def test_the_table_tells_ablations_apart(train_one, tmp_path, capsys):
     for name, seed in (("published", 1), ("published", 2), ("inr_none", 1)):
         train_one(name, seed)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dataset_RGB import (
+    DATASETS,
     MOVES,
     EpochSampler,
     Pair,
@@ -16,6 +17,7 @@ from dataset_RGB import (
     ValidationPatches,
     find_pairs,
     hold_out,
+    how_to_get,
     match_by_name,
     quiet_worker,
 )
@@ -91,6 +93,13 @@ def test_two_clean_pictures_of_one_name_are_refused(tmp_path):
     write_all(tmp_path / "target", ["a.png", "a.bmp"])
     with pytest.raises(UserError, match="have one name"):
         find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "demo"])
+def test_how_to_get_a_data_set_says_where_it_belongs(name):
+    sentence = how_to_get(name)
+    assert f"Datasets/{name}/test/input" in sentence and "git" not in sentence
+    assert (DATASETS[name].url or "Datasets/README.md says") in sentence
 
 
 @pytest.mark.parametrize("missing", ["input", "target"])

@@ -14,7 +14,7 @@ from utils import huge
 from utils.errors import UserError
 from utils.formats import Picture, read_picture, to_grey, write_picture
 from utils.huge import derain_huge, is_huge
-from utils.inference import Derainer
+from utils.inference import Derainer, derain
 
 pytest.importorskip("pyvips", reason="pyvips is not installed: pip install -r requirements-extras.txt")
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,19 @@ def test_huge_pictures_are_told_from_their_headers(tmp_path, monkeypatch):
     assert not is_huge(tmp_path / "a.png") and not is_huge(tmp_path / "b.png")
     monkeypatch.setattr(huge, "HUGE", 30 * 40 - 1)
     assert is_huge(tmp_path / "a.png")
+
+
+def test_the_library_derains_huge_pictures_the_same_way(narrow_weights, tmp_path, monkeypatch):
+    Image.fromarray(noise(40, 50, 4)).save(tmp_path / "a.png")
+    files = [tmp_path / "a.png", narrow_weights]
+    expected = read_picture(derain(*files, tmp_path / "b.jpg", "cpu", window=32))
+    monkeypatch.setattr(huge, "HUGE", 40 * 50 - 1)
+    monkeypatch.setattr("utils.inference.read_picture", None)
+    output = derain(*files, tmp_path / "c.jpg", "cpu", window=32)
+    result = read_picture(output)
+    assert output.name == "c.jpg.png"
+    np.testing.assert_array_equal(result.alpha, expected.alpha)
+    np.testing.assert_array_equal(result.pixels, expected.pixels)
 
 
 def test_what_fails_is_named_and_leaves_nothing(derainer, tmp_path):

@@ -220,6 +220,9 @@ def test_images_and_files_come_back_as_they_went_in(narrow_weights, tmp_path, mo
     for mode, kept in (("1", "L"), ("L", "L"), ("LA", "LA"), ("P", "RGB"), ("RGBA", "RGBA"), ("CMYK", "RGB")):
         image = Image.fromarray(pixels).convert(mode)
         assert derain(image, narrow_weights, gpus="cpu").mode == kept
+    grey = np.float32(pixels[..., 0] / 255)
+    result = derain(Image.fromarray(grey), narrow_weights, gpus="cpu")
+    np.testing.assert_array_equal(np.asarray(result), derain(grey, narrow_weights, gpus="cpu"))
     Image.fromarray(pixels).save("a.png")
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), expected)

@@ -123,6 +123,14 @@ def test_a_second_run_changes_nothing(source, tmp_path):
     assert len(find_pairs(tmp_path / "set")) == len(find_pairs(tmp_path / "copy")) == 28
 
 
+def test_a_set_within_its_source_is_not_taken_for_more_of_it(tmp_path):
+    for name, options in (("Rain12", []), ("Rain800", ["--clean_half", "left"])):
+        make(tmp_path / name, {"1_in.png": "1_gt.png"})
+        for _ in range(2):
+            prepare.main([str(tmp_path / name), str(tmp_path / name / "test"), *options])
+            assert len(find_pairs(tmp_path / name / "test")) == (2 if options else 1)
+
+
 def test_what_is_there_is_never_replaced(source, tmp_path):
     write_png(tmp_path / "set" / "input" / "901_1.jpg", np.zeros((16, 16, 3), np.uint8))
     before = (tmp_path / "set" / "input" / "901_1.jpg").read_bytes()

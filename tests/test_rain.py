@@ -87,6 +87,17 @@ def test_the_command_writes_pairs_that_train(tmp_path):
     assert all(np.array_equal(read_image(pair.target), GREY) for pair in pairs)
 
 
+def test_the_command_never_replaces_what_it_reads(tmp_path):
+    write_png(tmp_path / "set" / "target" / "a.png", GREY)
+    with pytest.raises(SystemExit, match="might replace yours"):
+        rain.main([str(tmp_path / "set" / "target"), str(tmp_path / "set")])
+    assert not (tmp_path / "set" / "input").exists()
+    write_png(tmp_path / "photos" / "b.png", GREY)
+    for _ in range(2):
+        rain.main([str(tmp_path / "photos"), str(tmp_path / "photos")])
+        assert len(find_pairs(tmp_path / "photos")) == 1
+
+
 def test_the_command_keeps_to_a_style(tmp_path):
     write_png(tmp_path / "photos" / "a.png", GREY)
     for style in ("light", "heavy"):

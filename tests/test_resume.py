@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from tests.conftest import make_pairs
 from tests.test_train_script import arguments, assert_equal_runs, assert_equal_weights, fails, session, start
 from utils.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from utils.errors import UserError
@@ -143,6 +144,19 @@ def test_changed_arguments_are_named(options, tmp_path, capsys):
     assert "changed since" not in capsys.readouterr().out
     lines = (session(tmp_path) / "runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["arguments"]["num_epochs"] for line in lines] == [1, 1, 2, 2]
+
+
+def test_other_validation_pictures_choose_the_best_anew(options, tmp_path, capsys):
+    train.main([*options, "--num_epochs", "1"])
+    latest = session(tmp_path) / "model_latest.pth"
+    content = load_checkpoint(latest)
+    torch.save(content | {"best_psnr": 99.0}, latest)
+    other = ["--val_dir", str(make_pairs(tmp_path / "other", count=2, seed=1))]
+    train.main([*options, "--num_epochs", "2", *other])
+    assert "model_best.pth is chosen anew, from epoch 2 on" in capsys.readouterr().out
+    assert load_checkpoint(latest)["best_epoch"] == 2
+    with pytest.raises(SystemExit, match=r"was trained with --hold_out None, not 0\.3"):
+        train.main([*options, "--num_epochs", "3", *other, "--hold_out", "0.3"])
 
 
 def test_a_second_run_of_a_session_is_refused_until_the_first_is_gone(options, tmp_path):

@@ -289,6 +289,30 @@ def test_results_within_the_input_folder_are_no_inputs(photos, narrow_weights, c
     assert {str(path.relative_to(results)) for path in results.rglob("*.*")} == {"a.png", "b.png", "sub/c.png"}
 
 
+def test_an_output_folder_may_hold_the_input_folder(photos, narrow_weights):
+    options = ["--weights", str(narrow_weights), "--output_dir"]
+    script.main(["--input_dir", str(photos / "sub"), *options, str(photos)])
+    script.main(["--input_dir", str(photos / "b.jpg"), *options, str(photos.parent)])
+    assert (photos / "c.png").is_file() and (photos.parent / "b.png").is_file()
+
+
+def test_a_folder_that_holds_results_only_is_named(photos, narrow_weights):
+    options = ["--input_dir", str(photos), "--weights", str(narrow_weights), "--output_dir", str(photos / "sub")]
+    for name in ("a.png", "b.jpg"):
+        (photos / name).unlink()
+    with pytest.raises(SystemExit, match="photos holds results of earlier runs only"):
+        script.main(options)
+
+
+def test_own_weights_are_not_for_turned_pictures(narrow_weights, monkeypatch, photos, capsys):
+    options = ["--input_dir", str(photos / "a.png"), "--output_dir", str(photos / "out"), "--ensemble"]
+    script.main([*options, "--weights", str(narrow_weights)])
+    assert "does harm" not in capsys.readouterr().out
+    monkeypatch.setattr(script, "OWN_WEIGHTS", narrow_weights)
+    script.main(options)
+    assert "--ensemble, which also turns pictures on their side, does harm" in capsys.readouterr().out
+
+
 def test_an_output_folder_that_is_the_input_folder_is_refused_before_the_work(photos, narrow_weights):
     before = sorted(photos.rglob("*"))
     options = ["--input_dir", str(photos), "--weights", str(narrow_weights), "--output_dir", f"{photos}/sub/.."]

@@ -361,6 +361,7 @@ def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
         (["--num_blocks", "1", "0", "1"], "at least 1"),
         (["--passes", "1", "0", "3"], "at least 1"),
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
+        (["--dataset", "demo", "--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--pretrain_weights", "none.pth"], "none.pth does not exist"),
         (["--model", "nerd_rain"], "narrow.pth holds a network of width 8"),
     ],

@@ -97,8 +97,9 @@ def scratch(path):
 
 def derain_huge(derainer, path, output, quality):
     """Derains a picture file into one of the output's ending; its colours, alpha and metadata are treated as in
-    utils/formats.py. The result lies beside the output, uncompressed, until it is whole; the next call replaces what a
-    killed one left. Raises UserError."""
+    utils/formats.py -> the path that was written: a PNG where the ending's format cannot hold it. The result lies
+    beside the output, uncompressed, until it is whole; the next call replaces what a killed one left. Raises
+    UserError."""
     if derainer.mode == "whole":
         raise UserError(f"{path} is too large for --mode whole: leave that away.")
     try:
@@ -129,6 +130,7 @@ def derain_huge(derainer, path, output, quality):
             save, options = SAVERS[output.suffix.lower()]
             chosen = {"Q": quality, "bigtiff": height * width * 8 > 2**32}
             getattr(image, save)(str(result), **options | {name: chosen[name] for name in options if name in chosen})
+        return output
     except vips().Error as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+from os.path import join, realpath
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,11 @@ def holds_pictures(folder):
     return Path(folder).is_dir() and any(is_picture(path) for path in Path(folder).rglob("*"))
 
 
-def find_pictures(source):
+def find_pictures(source, results=()):
     """The pictures of a file, a folder tree or a glob pattern -> (sorted paths, the folder they are relative to).
 
-    Raises UserError if there are none.
+    What lies in the folders `results` within that folder is left out: an earlier run wrote it. Raises UserError if
+    there are no pictures.
     """
     path = Path(source)
     if not str(source):
@@ -64,7 +66,13 @@ def find_pictures(source):
             f"{source} holds no pictures: the endings looked for are {' '.join(sorted(EXTENSIONS))}. Clips are "
             "given by name or quoted pattern, such as 'holiday/*.mp4'."
         )
-    return sorted(found), root
+    top = join(realpath(root), "")
+    results = (join(realpath(path), "") for path in results)
+    within = tuple(folder for folder in results if folder != top and folder.startswith(top))
+    originals = [path for path in found if not join(realpath(path.parent), "").startswith(within)]
+    if not originals:
+        raise UserError(f"{source} holds results of earlier runs only: give the pictures that they were made from.")
+    return sorted(originals), root
 
 
 def read_image(path):

@@ -16,7 +16,8 @@ from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.formats import channels_of, from_channels, in_png, read_picture, to_channels, write_picture
+from utils.formats import QUALITY, channels_of, from_channels, in_png, read_picture, to_channels, write_picture
+from utils.huge import derain_huge, is_huge
 from utils.images import reflect_pad, to_image, to_tensor
 
 MODES = ("window", "tile", "whole")
@@ -132,7 +133,8 @@ class Derainer:
         window: side of windows and tiles, a multiple of 16. It changes results a little, as channel attention sees all
             of a window.
         bf16: computes in bfloat16: faster, and some values change by a level or two
-        ensemble: averages the results of the eight turned and mirrored pictures, in eight times the time
+        ensemble: averages the results of the eight turned and mirrored pictures, in eight times the time; only for
+            weights that know rain from all sides, as this repository's own do not
         fused: fused kernels and CUDA graphs (utils/fused.py)
     """
 
@@ -288,10 +290,14 @@ def derain(
         path, output = Path(image), Path(output or Path("results", Path(image).stem + ".png"))
         if path.resolve() in (output.resolve(), in_png(output).resolve()):
             raise UserError(f"{path}: its result would overwrite it, choose another output.")
+        if is_huge(path):
+            return derain_huge(derainer, path, output, QUALITY)
         picture = read_picture(path)
         return write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
     if isinstance(image, Image.Image):
-        return Image.fromarray(derain_array(derainer, channels_of(ImageOps.exif_transpose(image))))
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.asarray(upright) if upright.mode == "F" else channels_of(upright)
+        return Image.fromarray(derain_array(derainer, pixels))
     derained = derain_array(derainer, image)
     return derained.reshape(image.shape)
 

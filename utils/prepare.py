@@ -36,9 +36,10 @@ LAYOUTS = [
 ]
 
 
-def pairs_by_layout(source):
-    """-> list of Pair, list of sentences on pictures that belong to none."""
-    paths, root = find_pictures(source)
+def pairs_by_layout(source, results):
+    """-> list of Pair, list of sentences on pictures that belong to none; those in the folders `results` are left
+    out."""
+    paths, root = find_pictures(source, results)
     by_name = {path.relative_to(root).with_suffix("").as_posix().lower(): path for path in paths}
     pairs = []
     for name, path in by_name.items():
@@ -160,12 +161,14 @@ def main(argv=None):
     parser.add_argument("--copy", action="store_true", help="copy files instead of linking to them")
     parser.add_argument("--clean_half", choices=("left", "right"), help="split pictures that hold both side by side")
     args = parser.parse_args(argv)
+    results = [args.destination / folder for folder in ("input", "target")]
     if args.clean_half:
-        paths, root = find_pictures(args.source)
+        paths, root = find_pictures(args.source, results)
         pairs = [Pair(path, path, args.clean_half) for path in paths]
         count, left_out = split_halves(pairs, root, args.destination)
     else:
-        pairs, left_out = (pairs_of_list if args.source.is_file() else pairs_by_layout)(args.source)
+        is_list = args.source.is_file()
+        pairs, left_out = pairs_of_list(args.source) if is_list else pairs_by_layout(args.source, results)
         if not pairs:
             raise UserError(
                 f"{args.source} is laid out like none of the distributions in Datasets/README.md: put rainy pictures "

@@ -170,7 +170,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.versions < 1 or args.seed < 0:
         parser.error("--versions must be at least 1, and --seed at least 0")
-    paths, root = find_pictures(args.clean)
+    targets, inputs = args.output / "target", args.output / "input"
+    paths, root = find_pictures(args.clean, [targets, inputs])
+    if any(Path(root).resolve().is_relative_to(folder.resolve()) for folder in (targets, inputs)):
+        raise UserError(
+            f"{root} lies where {args.output} gets its pictures, which might replace yours: move them elsewhere first, "
+            "or choose another output."
+        )
     names = [str(path.relative_to(root).with_suffix("")) for path in paths]
     versions_of = {f"{name}_{version}": name for name in names for version in range(1, args.versions + 1)}
     for name in names:
@@ -183,10 +189,10 @@ def main(argv=None):
         except UserError as error:
             broken.append(str(error))
             continue
-        write_png(args.output / "target" / f"{name}.png", clean)
+        write_png(targets / f"{name}.png", clean)
         for version in range(1, args.versions + 1):
             rng = np.random.default_rng((args.seed, number, version))
-            write_png(args.output / "input" / f"{name}_{version}.png", add_rain(clean, rng, args.style))
+            write_png(inputs / f"{name}_{version}.png", add_rain(clean, rng, args.style))
     if broken:
         sys.exit(f"error: all is done but for {counted(len(broken), 'picture')}:{listed(broken, 20)}")
 
