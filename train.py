@@ -180,8 +180,8 @@ def changed_arguments(arguments, record):
     last = whole_lines(record)[-1:]
     before = last[0].get("arguments", {}) if last else {}
     changed = {name: before[name] for name, value in arguments.items() if name in before and before[name] != value}
-    for name in DATA:
-        if name in changed and (name == "hold_out" or not same_path(arguments[name], changed[name])):
+    for name in (*DATA, "seed") if arguments.get("hold_out") else DATA:  # the seed chooses what is held out
+        if name in changed and not same_path(arguments[name], changed[name]):
             raise UserError(
                 f"{record.parent} was trained with --{name} {changed[name]}, not {arguments[name]}: choose another "
                 f"--session. If that is the same data in another place, remove {record}."
@@ -190,7 +190,7 @@ def changed_arguments(arguments, record):
 
 
 def same_path(first, second):
-    return bool(first and second) and os.path.abspath(first) == os.path.abspath(second)
+    return isinstance(first, str) and isinstance(second, str) and os.path.abspath(first) == os.path.abspath(second)
 
 
 def make_network(args, path, checkpoint):

@@ -212,6 +212,7 @@ def test_options_change_the_second_epochs_steps(options, tmp_path, extra):
 def test_held_out_pairs_validate(options, tmp_path, capsys):
     train.main([*options, "--num_epochs", "1", "--hold_out", "0.3"])
     assert "4 training and 2 validation pairs" in capsys.readouterr().out
+    assert "with --seed" in fails([*options, "--num_epochs", "2", "--hold_out", "0.3", "--seed", "5"])
 
 
 @pytest.mark.slow

@@ -188,6 +188,11 @@ def read_picture(path):
         return read_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path} is too large to be read at once, or a decompression bomb: test.py derains large pictures a band "
+            "at a time."
+        ) from None
     except Exception as error:  # decoders fail in many ways on hostile files
         raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it.") from error
 
