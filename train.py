@@ -60,7 +60,7 @@ LOG_STEPS = 100  # steps between two TensorBoard points of the losses
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
 TRAIN_DIR = "Datasets/Rain200L/train"
-DATA = ("train_dir", "clean_dir", "clean_half", "hold_out")  # arguments that name it, which a run keeps to
+DATA = ("train_dir", "clean_dir", "clean_half", "hold_out")  # arguments that choose it, which a run keeps to
 VALIDATION = ("val_dir", "patch_size")  # those that decide what it is validated on
 ABLATIONS = {  # of the paper (its tables 4 to 6), and what lies beyond it -> arguments
     "published": {},

@@ -32,7 +32,7 @@ def parse_args(description, networks, repeats=None, compiles=False):
 
 
 def give_back_memory():
-    with contextlib.suppress(OSError, AttributeError):  # another C library keeps none
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to give back
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
