@@ -262,6 +262,7 @@ class Trainer:
             self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")
         )
         torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True  # on a GPU: all patches have one size, whose fastest kernels it finds out
 
         train_pairs, val_pairs = find_data(args)
         self.train_set = TrainingPatches(train_pairs, args.patch_size, args.seed)

@@ -9,12 +9,14 @@ from benchmarks.common import NETWORKS, by_default, parse_args, report, seconds_
 from evaluations.metrics import psnr
 from tests.golden import golden_network
 from tests.yardstick import yardstick
+from utils.devices import strict_float32
 
 TOLERANCE = 1e-5  # of float32 outputs on a CPU; GPUs compute convolutions in other orders
 SIDE = 256
 
 
 @torch.inference_mode()
+@strict_float32()
 def compare(name, device, repeats):
     """-> rows of the table for one network."""
     net = golden_network(name).eval().to(device)

@@ -119,6 +119,23 @@ def test_windows_of_several_pictures_share_a_batch(narrow_net):
             assert np.abs(result.astype(int) - other).max() <= 1
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this setting came with PyTorch 2.9")
+def test_float32_on_a_gpu_is_not_tf32(narrow_net):
+    """The setting is the caller's again afterwards, also where the network fails."""
+    convolutions, seen = torch.backends.cudnn.conv, []
+    assert convolutions.fp32_precision == "tf32", "PyTorch's default has changed"
+
+    def fail(x):
+        seen.append(convolutions.fp32_precision)
+        raise ArithmeticError
+
+    derain = Derainer(narrow_net, window=32)
+    derain.forward = fail
+    with pytest.raises(ArithmeticError):
+        derain(random_picture(32, 32))
+    assert seen == ["ieee"] and convolutions.fp32_precision == "tf32"
+
+
 def test_no_more_than_a_row_of_windows_is_held(narrow_net):
     """The picture may be anything that can be sliced; it is asked for one band at a time and results come likewise."""
 

@@ -12,6 +12,7 @@ from losses import DerainLoss, EdgeDistance, Pyramid
 from model import INR, Attention, CoordinateINR, MultiscaleNet
 from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
 from tests.yardstick import yardstick
+from utils.devices import strict_float32
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -137,13 +138,8 @@ def test_sizes_that_are_no_multiples_of_16_are_refused(size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_the_cpu_outputs():
     net, x = golden_network("nerd_rain_s"), golden_input("input1x64x64", 1, 3, 64, 64)
-    previous = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            output = net.cuda()(x.cuda())[0].cpu()
-    finally:
-        torch.backends.cudnn.allow_tf32 = previous
+    with torch.inference_mode(), strict_float32():
+        output = net.cuda()(x.cuda())[0].cpu()
     np.testing.assert_allclose(output, ARRAYS["nerd_rain_s/1x64x64/output0"], rtol=0, atol=1e-4)
 
 

@@ -45,6 +45,23 @@ def choose_device(gpus=None):
     return torch.device("cuda", int(number))
 
 
+@contextlib.contextmanager
+def strict_float32():
+    """Lets GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits, and
+    pictures then differ from a CPU's by a level here and there."""
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        flags, name, strict = cudnn.conv, "fp32_precision", "ieee"
+    else:  # before PyTorch 2.9
+        flags, name, strict = cudnn, "allow_tf32", False
+    before = getattr(flags, name)
+    setattr(flags, name, strict)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
 def start_processes(gpus=None, patience=None):
     """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes).
     `gpus` is as in choose_device; under torchrun each process takes a GPU of its own, or "cpu". `patience` (timedelta)

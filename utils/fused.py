@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import nn
 
 from model import TransformerBlock
+from utils.devices import strict_float32
 
 ALIGNMENT = 16  # channels: the smallest side of a matrix product, and 32 bytes in bfloat16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the self-test, relative to the largest value
@@ -246,7 +247,7 @@ def self_test(net, dtype):
     for channels, block in blocks.items():
         device = block.attn.qkv.weight.device
         x = torch.rand(2, channels, 19, 21, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), strict_float32():
             expected = block(x)
         difference = (FusedBlock(block, dtype)(x) - expected).abs().max() / expected.abs().max()
         if not difference < TOLERANCE[dtype]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.devices import choose_device
+from utils.devices import choose_device, strict_float32
 from utils.errors import UserError
 from utils.formats import QUALITY, channels_of, from_channels, in_png, read_picture, to_channels, write_picture
 from utils.huge import derain_huge, is_huge
@@ -196,7 +196,7 @@ class Derainer:
         if self.device.type == "cuda":
             batch = batch.pin_memory()
         batch = batch.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        with torch.inference_mode():
+        with torch.inference_mode(), strict_float32():
             return group, self.forward(batch)
 
     @staticmethod
