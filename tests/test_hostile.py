@@ -9,8 +9,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,6 +94,22 @@ def test_hostile_files_beside_a_good_one(tmp_path, narrow_weights, situation, op
         expected.add(kept if options else str(Path(name).with_suffix(".png")))
     assert written == expected
     assert said == "" if outcome in ("DERAINED", "IGNORED") else name in said and outcome in said
+
+
+def test_of_broken_files_only_our_sentence_is_printed(tmp_path, narrow_weights):
+    """Not what the decoders say on the side."""
+    pixels = np.random.default_rng(0).integers(0, 65535, (64, 64, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])
+    cv2.imwrite(str(tmp_path / "b.tif"), pixels)
+    content = (tmp_path / "b.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(content[: len(content) // 2])
+    command = [sys.executable, "test.py", "--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    run = subprocess.run([*command, "--weights", str(narrow_weights)], cwd=ROOT, capture_output=True, text=True)
+    said = [line.strip() for line in run.stderr.splitlines() if line and "picture/s" not in line]
+    assert run.returncode == 1 and len(said) == 3, run.stderr
+    assert said[0].startswith("error: all is done but for 2 files") and "a.tif cannot" in said[1]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -5,7 +5,9 @@ import io
 import logging
 import os
 import sys
+import warnings
 
+import cv2
 import torch
 
 
@@ -34,6 +36,13 @@ def out_of_memory(error):
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def quiet_decoders():
+    """Keeps to themselves what libraries say on the side about broken picture files: our sentences name those."""
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="PIL")
+
+
 def reports_errors(main):
     """Makes a script's main function end with a sentence, not a traceback, on errors that a user can mend, and shows
     what our modules log."""
@@ -44,6 +53,7 @@ def reports_errors(main):
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files, which stderr shows so anyway
         logging.basicConfig(format="%(message)s")
         logging.getLogger("utils").setLevel(logging.INFO)
+        quiet_decoders()
         try:
             return main(*args, **kwargs)
         except UserError as error:

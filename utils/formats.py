@@ -137,7 +137,7 @@ def read_file(path):
     try:
         file = Image.open(path)
     except UnidentifiedImageError:
-        with contextlib.suppress(tifffile.TiffFileError):  # which says that it is no TIFF file either
+        with contextlib.suppress(tifffile.TiffFileError, IndexError):  # it is no TIFF file either, or an empty one
             return read_rare_tiff(path)
         raise
     with file:
