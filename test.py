@@ -142,7 +142,7 @@ def without_clashes(wanted, kept):
 
 def results_there(outputs):
     """Of a dict of input path -> result path, those that an earlier run has written, by the names that they got."""
-    there = {path: list(filter(Path.exists, forms(output))) for path, output in outputs.items()}
+    there = {path: list(filter(Path.is_file, forms(output))) for path, output in outputs.items()}
     return {path: files[0] for path, files in there.items() if files}
 
 
@@ -245,6 +245,8 @@ def make_plan(args, sources, clips, output_dir):
     kept = [*clips, *clean_paths, *(path for paths, _ in found for path in paths)]
     outputs, problems = without_clashes(results_of(found, output_dir, args.keep_format), kept)
     clip_outputs, clip_problems = without_clashes([(clip, result_path(clip, output_dir)) for clip in clips], kept)
+    if args.panel and realpath(args.panel) in map(realpath, [*kept, *outputs.values(), *clip_outputs.values()]):
+        raise UserError(f"--panel would overwrite {args.panel}: choose another name.")
     targets, unpaired = find_targets(found, clean_paths, clean_root) if args.target_dir else ({}, [])
     if unpaired and not targets:
         raise UserError(f"none of the pictures has a clean one in {args.target_dir}:{listed(unpaired, 3)}")

@@ -1,3 +1,5 @@
+import zipfile
+
 import pytest
 import torch
 
@@ -72,6 +74,10 @@ def changed(state, **tensors):
         ({0: torch.zeros(1)}, "expected a dict"),
         ({"state_dict": {}}, "expected a dict"),
         ({"state_dict": narrow_state(), "ema": [1, 2]}, "expected a dict"),
+        ({"state_dict": narrow_state(), "ema": torch.zeros(3)}, "expected a dict"),
+        ({"state_dict": torch.zeros(3)}, "expected a dict"),
+        (torch.zeros(3), "expected a dict .* found Tensor"),
+        (changed(narrow_state(), output_max__weight=torch.zeros(3, 8, 3, 3, device="meta")), "expected a dict"),
         (changed(narrow_state(), output_max__weight=torch.zeros(3, 8, 3, 3).to_sparse()), "expected a dict"),
         ({"state_dict": {"conv.weight": torch.zeros(1)}}, "expected names such as .* found conv.weight"),
         (changed(narrow_state(), output_max__weight=torch.zeros(3, 9, 3, 3)), r"output_max.weight: expected \(3, 8, 3"),
@@ -106,6 +112,20 @@ def test_truncated_checkpoints_are_named(tmp_path, kept):
     (tmp_path / "cut.pth").write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match=r"cut.pth cannot be read"):
         load_network(tmp_path / "cut.pth")
+
+
+def test_compressed_checkpoints_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    torch.save({"state_dict": narrow_state()}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as stored,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    load_network(tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(UserError, match=r"b.pth cannot be read as a checkpoint \(it is compressed"):
+        load_network(tmp_path / "b.pth")
 
 
 def test_missing_checkpoint_is_named(tmp_path):

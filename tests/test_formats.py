@@ -183,6 +183,31 @@ def write_tiff(path, pixels, apart=False, **options):
         tifffile.imwrite(path, pixels, planarconfig="contig", **options)
 
 
+def packed(values, bits):
+    """H×W -> its rows as a TIFF file stores them uncompressed."""
+    planes = (values[..., None] >> np.arange(bits)[::-1]) & 1
+    return b"".join(np.packbits(row).tobytes() for row in planes.astype(np.uint8).reshape(len(values), -1))
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 8, 12, 16])
+def test_white_of_a_grey_tiff_file_stays_white(tmp_path, bits, white_is_zero):
+    grey = noise(10, 12) >> (16 - bits)
+    content = packed(grey, bits) if bits < 16 else grey.astype("<u2").tobytes()
+    tags = {256: 12, 257: 10, 258: bits, 259: 1, 262: 0 if white_is_zero else 1}
+    tags |= {273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 10, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, 9) + entries + bytes(4) + content)
+    if bits == 12 and white_is_zero:
+        with pytest.raises(UserError, match=r"save it as RGB with 8 or 16 bits"):
+            read_picture(tmp_path / "a.tif")
+        return
+    picture, expected = read_picture(tmp_path / "a.tif"), grey / (2**bits - 1)
+    assert picture.grey and picture.pixels.dtype == (np.uint16 if bits > 8 else np.uint8)
+    shown = picture.pixels[..., 0] / np.iinfo(picture.pixels.dtype).max
+    assert np.abs(shown - (1 - expected if white_is_zero else expected)).max() < 1e-5
+
+
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("channels, extra", [(2, [2]), (3, []), (4, [2])])

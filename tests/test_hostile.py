@@ -22,7 +22,7 @@ import test as script
 from model import MultiscaleNet
 from utils.checkpoint import load_checkpoint, load_network
 from utils.errors import UserError
-from utils.formats import KEEPABLE, Picture, read_picture, write_picture
+from utils.formats import KEEPABLE, Picture, announced_pixels, read_picture, write_picture
 from utils.inference import MODES, Derainer
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +208,18 @@ def test_damaged_pictures_are_read_or_refused_with_a_sentence(tmp_path, ending):
         assert outcomes <= {"u", "refused"} and "refused" in outcomes
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF files
+def test_damaged_headers_announce_numbers(tmp_path):
+    """Of a kind of TIFF that Pillow does not open."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((40, 56, 2), np.uint16), planarconfig="contig")
+    content = (tmp_path / "a.tif").read_bytes()
+    width = struct.pack("<HHI", 256, 4, 1)
+    assert announced_pixels(tmp_path / "a.tif") == 40 * 56 and width in content
+    for damaged in (content.replace(width, struct.pack("<HHI", 256, 3, 2)), *mutations(content[:400], 300, seed=0)):
+        (tmp_path / "a.tif").write_bytes(damaged)
+        assert isinstance(announced_pixels(tmp_path / "a.tif"), int)
+
+
 def test_damaged_checkpoints_are_read_or_refused_with_a_sentence(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"epoch": 1, "state_dict": {"a": torch.zeros(3), "b": torch.ones(2, 2)}}, path)
@@ -273,7 +285,7 @@ print(len(seen), *seen[200], *seen[-1])
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
-def test_thousands_of_pictures_need_no_more_than_hundreds(tmp_path, narrow_weights):
+def test_thousands_of_pictures_need_no_more_than_hundreds(tmp_path, narrow_weights, capsys):
     (tmp_path / "in").mkdir()
     for i in range(2000):
         (tmp_path / "in" / f"{i}.png").write_bytes(encoded())
@@ -281,7 +293,7 @@ def test_thousands_of_pictures_need_no_more_than_hundreds(tmp_path, narrow_weigh
     run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     count, memory, files, memory_after, files_after = map(float, run.stdout.split()[-5:])
-    print(
-        f"after 200 and 2000 pictures: {memory:.0f} and {memory_after:.0f} MiB, {files:.0f} and {files_after:.0f} files"
-    )
+    counts = f"{memory:.0f} and {memory_after:.0f} MiB, {files:.0f} and {files_after:.0f} open files"
+    with capsys.disabled():
+        print(f"\nafter 200 and 2000 pictures: {counts}")
     assert count == 2000 and memory_after < memory + 20 and files_after <= files + 2

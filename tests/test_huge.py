@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -113,6 +114,46 @@ def test_what_fails_is_named_and_leaves_nothing(derainer, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         derain_huge(derainer, tmp_path / "a.png", tmp_path / "file" / "a.png", 95)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_name_may_be_used_again(derainer, tmp_path):
+    for ending, turn in ((".tif", {}), (".jpg", {"exif": exif(Orientation=6)})):
+        for level in (30, 200):
+            write_picture(tmp_path / f"a{ending}", Picture(np.full((40, 50, 3), level, np.uint8), metadata=turn))
+            derain_huge(derainer, tmp_path / f"a{ending}", tmp_path / "b.tif", 95)
+            expected = derainer(read_picture(tmp_path / f"a{ending}").pixels)
+            assert np.abs(read_picture(tmp_path / "b.tif").pixels - expected.astype(float)).max() <= 1
+
+
+@pytest.mark.parametrize("tile", [None, (128, 128)])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_damaged_tiff_files_are_refused(derainer, tmp_path, tile, compression):
+    tifffile.imwrite(tmp_path / "a.tif", noise(600, 500, 3), photometric="rgb", tile=tile, compression=compression)
+    content = (tmp_path / "a.tif").read_bytes()
+    derain_huge(derainer, tmp_path / "a.tif", tmp_path / "out" / "a.tif", 95)
+    damages = [content[: len(content) // 2]]
+    if compression:
+        damages.append(content[: len(content) // 3] + bytes(len(content) // 3) + content[2 * (len(content) // 3) :])
+    for damaged in damages:
+        (tmp_path / "b.tif").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"b.tif cannot be derained a band at a time"):
+            derain_huge(derainer, tmp_path / "b.tif", tmp_path / "out" / "b.tif", 95)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.tif"]
+
+
+def test_what_libvips_takes_for_rgb_is_refused(derainer, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", noise(40, 50, 3), photometric="ycbcr", extratags=[(530, "H", 2, (1, 1), True)])
+    with pytest.raises(UserError, match=r"a.tif holds colours as YCbCr: save it as RGB"):
+        derain_huge(derainer, tmp_path / "a.tif", tmp_path / "b.tif", 95)
+
+
+@pytest.mark.parametrize("ending", [".webp", ".avif", ".jpg"])
+def test_sides_that_a_format_cannot_hold_become_png(derainer, tmp_path, ending, caplog):
+    Image.fromarray(noise(32, 16_385 if ending != ".jpg" else 65_501, 3)).save(tmp_path / f"a{ending}", "PNG")
+    identity = Derainer(derainer.net, window=32)
+    identity.forward = lambda x: x
+    output = derain_huge(identity, tmp_path / f"a{ending}", tmp_path / "out" / f"a{ending}", 95)
+    assert output.name == f"a{ending}.png" and "cannot hold the result" in caplog.text
 
 
 KILLED = """

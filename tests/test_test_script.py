@@ -192,6 +192,18 @@ def test_the_format_is_kept_on_request(run, photos, tmp_path):
     assert failure(run, photos, "--quality", "0") == "2"
 
 
+@pytest.mark.parametrize("victim", ["pairs/input/0.png", "pairs/target/0.png", "out/0.png"])
+def test_a_panel_overwrites_neither_picture_nor_result(run, tmp_path, victim):
+    pairs = make_pairs(tmp_path / "pairs", count=1)
+    options = ("--target_dir", str(pairs / "target"), "--panel", str(tmp_path / victim))
+    assert f"--panel would overwrite {tmp_path / victim}" in failure(run, pairs / "input", *options)
+
+
+def test_a_folder_is_no_result_that_is_there(run, photos, tmp_path):
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    assert "a.png" in failure(run, photos, "--skip_existing")
+
+
 def test_existing_results_are_kept_on_request_and_measured(run, tmp_path):
     pairs = make_pairs(tmp_path / "pairs", count=3)
     write_png(tmp_path / "out" / "1.png", read_image(pairs / "target" / "1.png"))

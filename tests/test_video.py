@@ -145,6 +145,7 @@ def test_a_clip_is_derained_frame_by_frame_with_its_sound(tmp_path, narrow_weigh
         ("a.MOV", "a.MOV", "libx264", "pcm_s16le"),
         ("a.mkv", "a.mkv", "libx264", "flac"),
         ("a.avi", "a.avi.mp4", "mpeg4", "libmp3lame"),
+        ("b.avi", "b.avi.mp4", "mpeg4", "pcm_s16le"),  # does not say where its channels belong
         ("a.webm", "a.webm.mp4", "libvpx-vp9", "libopus"),
         ("a.mpg", "a.mpg.mp4", "mpeg2video", "mp2"),
         ("a.ts", "a.ts.mp4", "libx264", "aac"),

@@ -37,11 +37,13 @@ def load_checkpoint(path):
     Nothing but tensors and plain containers is unpickled. Raises UserError for a file that is no checkpoint.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):  # not what PyTorch wrote before 1.6
             with zipfile.ZipFile(path) as archive:
+                if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+                    raise ValueError("it is compressed, as torch.save never does")  # megabytes could become gigabytes
                 if damaged := archive.testzip():  # torch does not look at the check sums
                     raise ValueError(f"{damaged} in it is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
@@ -50,7 +52,8 @@ def load_checkpoint(path):
             reason = "it holds something else than tensors, or is no PyTorch file"
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
     parts = content if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
-    parts = {name: part for name, part in parts.items() if name != "ema" or part}
+    if parts.get("ema", {}) in (None, {}):
+        parts = {name: part for name, part in parts.items() if name != "ema"}
     weights = {name: parts[name] for name in ("state_dict", "ema") if name in parts}
     if not all(map(holds_weights, weights.values())):
         raise UserError(
@@ -81,11 +84,12 @@ def load_newest(*paths):
 def holds_weights(part):
     """Whether something is a dict of names and dense floating-point tensors."""
     return (
-        bool(part)
-        and isinstance(part, dict)
+        isinstance(part, dict)
+        and bool(part)
         and all(
             isinstance(name, str)
             and torch.is_tensor(tensor)
+            and tensor.device.type == "cpu"  # not "meta", which has shapes only
             and tensor.layout == torch.strided
             and tensor.is_floating_point()
             for name, tensor in part.items()

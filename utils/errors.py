@@ -39,7 +39,8 @@ def out_of_memory(error):
 def quiet_decoders():
     """Keeps to themselves what libraries say on the side about broken picture files: our sentences name those."""
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    for library in ("tifffile", "pyvips"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
 
 

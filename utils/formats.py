@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.sixteen_bits import UPRIGHT, read_16_bits, read_page, white_of
+from utils.sixteen_bits import UPRIGHT, read_16_bits, read_page, scaled_grey, white_of
 
 KEEPABLE = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".avif"}  # endings we write
 KEPT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa"}  # Pillow's, whose colours are grey or RGB
@@ -128,7 +128,7 @@ def announced_pixels(path):
             return math.inf
         except UnidentifiedImageError:
             with tifffile.TiffFile(path) as file:
-                return file.pages[0].imagewidth * file.pages[0].imagelength
+                return int(file.pages[0].imagewidth) * int(file.pages[0].imagelength)  # of damaged ones, anything
     return 0
 
 
@@ -160,7 +160,7 @@ def read_file(path):
         logger.info("%s: only the first of its %d frames was read", path, frames)
     mode, transparency = picture.mode, picture.info.get("transparency")
     if mode.startswith("I"):
-        deep = channels_of(picture)
+        deep = scaled_grey(channels_of(picture), file, white)
     elif deep is not None:
         deep = UPRIGHT.get(turned, UPRIGHT[1])(deep)
     if deep is not None:

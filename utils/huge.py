@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import math
 
 import numpy as np
+import tifffile
 
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -19,6 +21,7 @@ SAVERS = {  # ending -> function and options of libvips; Q and bigtiff are set f
     ),
     **{".png": ("pngsave", {}), ".webp": ("webpsave", LOSSY), ".avif": ("heifsave", LOSSY | {"compression": "av1"})},
 }
+LARGEST_SIDE = {"jpegsave": 65_500, "webpsave": 16_383, "heifsave": 16_384}  # of what a format holds, in pixels
 METADATA = ("exif-", "icc-profile-data", "xmp-data", "iptc-data")  # beginnings of libvips' names
 logger = logging.getLogger(__name__)
 
@@ -53,14 +56,28 @@ def vips():
             f"pictures of more than {HUGE // 10**6} megapixels are derained a band at a time with libvips: "
             "pip install -r requirements-extras.txt"
         ) from None
+    pyvips.cache_set_max(0)  # or a file that was written anew is taken for the old one of its name
     return pyvips
+
+
+def holds_ycbcr(path):
+    """Whether a TIFF file holds YCbCr, and not as JPEG: libvips takes that for RGB."""
+    with contextlib.suppress(Exception), tifffile.TiffFile(path) as file:  # of broken files, libvips says what is wrong
+        page = file.pages[0]
+        return page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression != tifffile.COMPRESSION.JPEG
+    return False
 
 
 def open_huge(path):
     """-> a libvips image, upright, of 1 to 4 channels of 8 or 16 bits."""
-    image = vips().Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+    kind = vips().Image.new_from_file(str(path)).get("vips-loader")
+    if kind == "tiffload" and holds_ycbcr(path):
+        raise UserError(f"{path} holds colours as YCbCr: save it as RGB.")
+    # At less, damaged parts of a TIFF file are black. Warnings of JPEG decoders are about trifles.
+    options = {"fail_on": "warning" if kind == "tiffload" else "error"}
+    image = vips().Image.new_from_file(str(path), access="sequential", **options)
     if image.get_typeof("orientation") and image.get("orientation") > 1:
-        image = vips().Image.new_from_file(str(path), fail_on="truncated").autorot()  # by way of the disk
+        image = vips().Image.new_from_file(str(path), **options).autorot()  # by way of the disk
     if image.interpretation == "cmyk":
         image = image.icc_transform("srgb") if image.get_typeof("icc-profile-data") else image.colourspace("srgb")
     if image.format not in KINDS or image.bands > 4:
@@ -79,7 +96,8 @@ def holding(output, image):
     """-> a result's path, or where the format of its ending cannot hold the image, that of a PNG; the log says so."""
     save, _ = SAVERS.get(output.suffix.lower(), (None, None))
     too_deep = image.format == "ushort" and save not in ("pngsave", "tiffsave")
-    if save is None or too_deep or (save == "jpegsave" and image.hasalpha()):
+    too_large = max(image.width, image.height) > LARGEST_SIDE.get(save, math.inf)
+    if save is None or too_deep or too_large or (save == "jpegsave" and image.hasalpha()):
         logger.warning("%s cannot hold the result: it is written as %s", output, in_png(output).name)
         return in_png(output)
     return output

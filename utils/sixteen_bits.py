@@ -10,6 +10,7 @@ import tifffile
 from PIL import ExifTags, Image
 
 COLOURS = {tifffile.PHOTOMETRIC.MINISBLACK: 1, tifffile.PHOTOMETRIC.RGB: 3}  # kinds of TIFF -> channels
+WHITE_IS_ZERO = 0  # TIFF's number for grey that ends at black
 APART = 2  # TIFF's number for channels that are stored one after the other
 PREMULTIPLIED, ALPHA = 1, 2  # and for what a further channel is
 UPRIGHT = {  # EXIF orientation -> how to turn the pixels
@@ -41,6 +42,15 @@ def white_of(path, file):
 
 def scaled(pixels, factor):
     return np.minimum(pixels * factor, 65535).round().astype(np.uint16)
+
+
+def scaled_grey(pixels, file, white):
+    """Grey of more than 8 bits as Pillow reads it -> with 65535 for white. In TIFF files of 12 bits, and in those where
+    0 is white, Pillow leaves the values as they are."""
+    if file.format != "TIFF" or white > 65535:
+        return pixels
+    pixels = scaled(pixels, 65535 / white)
+    return 65535 - pixels if file.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO else pixels
 
 
 def straight(pixels):

@@ -29,6 +29,7 @@ except ImportError:
 
 EXTENSIONS = {".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".mpg", ".mpeg", ".ts"}
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # of results; other clips become .mp4
+LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # of as many channels, where a file names none
 SEGMENT = 24  # frames; what a killed run loses at most
 # Without B-frames, packets come in the order of their frames, and segments of any frame rates can be joined. Without
 # mbtree, small pictures give the same bytes in every run; with it, x264 reads memory that it has not written.
@@ -203,6 +204,10 @@ def join(segments, path, output, comment):
                     "%s: its %s sound was left out, as %s files hold no such; first copy the clip to .mkv to keep it",
                     *(path, track.name, output.suffix),
                 )
+                continue
+            layout = track.codec_context.layout
+            if layout.name.endswith("channels") and layout.nb_channels <= len(LAYOUTS):  # AVI's have no name
+                tracks[track].codec_context.layout = LAYOUTS[layout.nb_channels - 1]
 
         def pictures():
             for segment in segments:
