@@ -5,6 +5,7 @@ python app.py                           then open the address that it prints
 """
 
 import argparse
+import contextlib
 import html
 import os
 import shutil
@@ -30,6 +31,7 @@ from utils.inference import LARGE, MODES, Derainer
 from utils.video import Clip, derain_clips, result_path, split_clips
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # read while it is imported
+os.environ.pop("GRADIO_TEMP_DIR", None)  # files lie where they vanish when the program ends
 try:
     import gradio as gr
 except ImportError:
@@ -40,6 +42,7 @@ OWN, AUTOMATIC = "this repository's own (NeRD-Rain-S)", "auto"
 UPLOAD_MB = 200  # of each file
 ZIP_FILES, ZIP_MB = 1000, 1000  # what a zip file may hold, unpacked
 QUEUE = 10  # requests that may wait
+NO_PROXY = "localhost,127.0.0.1"  # Gradio asks its own page whether it is there
 KEPT = 3600  # seconds until uploads and results are deleted; more where a request may wait and run for longer
 SWEEP = 60  # seconds from one look for what is to be deleted to the next
 PREVIEW = (1600, 1600)  # pixels that the page shows at most
@@ -182,13 +185,28 @@ def preview(path, output):
     return output
 
 
+def sweep_fragments(folder, kept):
+    """Deletes uploads that broke off, once they are older than `kept` seconds: Gradio forgets them."""
+    while True:
+        time.sleep(SWEEP)
+        for path in folder.glob("gradio/tmp*"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if path.is_file() and path.stat().st_mtime < time.time() - kept:
+                    path.unlink()
+
+
 def build(device, weights, megapixels, seconds, running):
     """-> the page. `weights`: dict of name -> checkpoint, the first one chosen at the start; `running`: a dict for the
     work that goes on, session -> the event that stops it."""
-    kept = max(KEPT, (QUEUE + 2) * seconds)
+    kept, waiting = max(KEPT, (QUEUE + 2) * seconds), {}
+
+    def enlist(request: gr.Request):
+        """Runs as soon as the button is pressed: the last result is no longer on offer, what waits can be stopped."""
+        waiting[request.session_hash] = threading.Event()
+        return None, gr.update(value=None, visible=False), gr.update(label="Download", interactive=False), None
 
     def derain(uploads, name, mode, request: gr.Request, progress=gr.Progress()):  # noqa: B008 (how Gradio wants it)
-        start, stop = time.monotonic(), threading.Event()
+        start, stop = time.monotonic(), waiting.pop(request.session_hash, threading.Event())
         running[request.session_hash] = stop
 
         def watch(done, total):
@@ -202,6 +220,8 @@ def build(device, weights, megapixels, seconds, running):
         with tempfile.TemporaryDirectory() as work:
             work = Path(work)
             try:
+                if stop.is_set():
+                    raise Stopped("Stopped before it began.")
                 if not uploads:
                     raise UserError("There is nothing to derain yet: choose pictures, a zip file or a clip.")
                 if gone := [path for path in uploads if not Path(path).exists()]:
@@ -233,9 +253,14 @@ def build(device, weights, megapixels, seconds, running):
                 f"{done}, in {time.monotonic() - start:.0f} seconds.{listed(problems, LISTED)}",
             )
 
+    def leave(request: gr.Request):
+        for stops in (waiting, running):
+            if request.session_hash in stops:
+                stops[request.session_hash].set()
+
     def stop_work(request: gr.Request):
-        if request.session_hash in running:
-            running[request.session_hash].set()
+        leave(request)
+        return "Stopped: nothing is done when its turn comes." if request.session_hash in waiting else gr.skip()
 
     with gr.Blocks(title="NeRD-Rain", delete_cache=(SWEEP, kept), analytics_enabled=False) as page:
         gr.Markdown(
@@ -270,16 +295,18 @@ def build(device, weights, megapixels, seconds, running):
         internal = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         folder.upload(lambda paths: paths, folder, uploads, **internal)
         examples.click(lambda index: [str(EXAMPLES[index])], examples, uploads, **internal)
-        stopper.click(stop_work, **internal)
+        stopper.click(stop_work, None, status, **internal)
+        shown = [slider, video, download, status]
+        button.click(enlist, None, shown, **internal)
         button.click(
             derain,
             [uploads, name, mode],
-            [slider, video, download, status],
+            shown,
             concurrency_limit=1,
             api_visibility="private",
             show_progress_on=[slider, video],
         )
-        page.unload(stop_work)
+        page.unload(leave)
     return page.queue(max_size=QUEUE)
 
 
@@ -290,7 +317,7 @@ def parse_args(argv=None):
     parser.add_argument("--weights", type=Path, default=OWN_WEIGHTS, help="the checkpoint that is chosen at the start")
     add_gpus(parser)
     parser.add_argument("--max_megapixels", type=int, default=24, help="of a picture (default: %(default)s)")
-    parser.add_argument("--max_seconds", type=int, default=600, help="of a request's work (default: %(default)s)")
+    parser.add_argument("--max_seconds", type=int, default=900, help="of a request's work (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 1 <= args.max_megapixels <= HUGE // 10**6:
         parser.error(f"--max_megapixels must lie between 1 and {HUGE // 10**6}; test.py derains larger pictures")
@@ -306,18 +333,25 @@ def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args.gpus)
     load_network(args.weights)  # says now what is wrong with it
+    if ":" in args.host:
+        raise UserError(f"--host {args.host}: Gradio takes no IPv6 addresses, choose one such as 127.0.0.1.")
     try:  # Gradio would try a hundred ports for minutes
-        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        socket.create_server((args.host, args.port or 0), family=family).close()
+        socket.create_server((args.host, args.port or 0)).close()
     except OSError as error:
         where = args.host if args.port is None else f"{args.host}:{args.port}"
         raise UserError(f"{where} cannot be used ({error}): choose another --host or --port.") from error
     EpsImagePlugin.gs_binary = False  # PostScript is a programming language: what visitors send is not run
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is deleted then, too
+    for name in ("SIGTERM", "SIGHUP"):  # the latter of a terminal that is closed, where there is no nohup
+        number = getattr(signal, name, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)  # what was uploaded is deleted then, too
+    without_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, (without_proxy, NO_PROXY, args.host)))
     with tempfile.TemporaryDirectory(prefix="nerd_rain_", ignore_cleanup_errors=True) as folder:
         tempfile.tempdir = folder  # for all that this process writes
         running = {}
         page = build(device, find_weights(args.weights), args.max_megapixels, args.max_seconds, running)
+        threading.Thread(target=sweep_fragments, args=(Path(folder), page.delete_cache[1]), daemon=True).start()
         _, url, _ = page.launch(
             server_name=args.host,
             server_port=args.port,

@@ -35,7 +35,7 @@ try:
 except ImportError:
     onnx = None
 
-OPSET = 20
+OPSET = 20  # the first with GELU as one operation; onnxruntime has it since 1.17, older than what computes it here
 LIMITS = {"float32": 1e-4, "float16": 2e-2}  # largest differences of values in [0, 1]
 REPEATS = 5
 # Sums over all pixels overflow in float16.
@@ -136,6 +136,10 @@ def main(argv=None):
         raise UserError("the export needs onnx, onnxscript and onnxruntime: pip install -r requirements-extras.txt")
     pictures, net = find_pictures(args.pictures)[0], load_network(args.weights)
     output = args.output or Path(f"{args.weights.stem}.onnx")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: give --output a file in it.")
+    for path in pictures:  # minutes before they are needed
+        read_image(path)
     precision = "float16" if args.float16 else "float32"
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it cannot simplify
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from model import NETWORKS
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.errors import UserError
 from utils.inference import derain as derain
-from utils.weights import load_released
+from utils.weights import load_released, released_weights
 
 dependencies = ["cv2", "numpy", "PIL", "tifffile", "torch", "torchvision", "tqdm"]
 
@@ -22,9 +22,10 @@ def build(name, pretrained, options):
     if options:
         raise UserError(f"weights fit the published networks only: leave {', '.join(options)} away.")
     if pretrained is not True:
-        return load_released(name, pretrained).eval()
+        return load_released(name, str(pretrained)).eval()
     if name != "NeRD-Rain-S":
-        raise UserError(f"this repository has no weights of {name} of its own: say pretrained='Rain200L'.")
+        released = ", ".join(repr(dataset) for network, dataset in released_weights() if network == name)
+        raise UserError(f"this repository has no weights of {name} of its own; the authors' are pretrained={released}.")
     return load_network(OWN_WEIGHTS).eval()
 
 

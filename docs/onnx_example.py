@@ -17,7 +17,10 @@ MULTIPLE = 16  # of both sides
 if len(sys.argv) != 4:
     sys.exit(__doc__)
 model, source, result = sys.argv[1:]
-picture = np.asarray(ImageOps.exif_transpose(Image.open(source)).convert("RGB"))
+image = ImageOps.exif_transpose(Image.open(source))
+if image.mode[0] in "IF":
+    sys.exit(f"{source} has more than 8 bits: save it with 8.")
+picture = np.asarray(image.convert("RGB"))
 height, width = picture.shape[:2]
 padded = np.pad(picture, [(0, -height % MULTIPLE), (0, -width % MULTIPLE), (0, 0)], mode="reflect")
 rainy = np.float32(padded.transpose(2, 0, 1)[None]) / 255  # 1×3×H×W in [0, 1]

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -67,11 +68,14 @@ def handler(tmp_path, narrow_weights, monkeypatch):
     (tmp_path / "handled").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "handled"))
 
-    def run(*uploads, seconds=60):
+    def run(*uploads, seconds=60, stopped=False):
         page = app.build(CPU, {"narrow": narrow_weights}, 1, seconds, {})
-        function = next(event.fn for event in page.fns.values() if event.name == "derain")
+        functions = {event.name: event.fn for event in page.fns.values()}
         request = SimpleNamespace(session_hash="a")
-        shows = function(list(map(str, uploads)), "narrow", app.AUTOMATIC, request)
+        assert functions["enlist"](request)[2]["interactive"] is False  # an earlier result
+        if stopped:
+            assert "when its turn comes" in functions["stop_work"](request)
+        shows = functions["derain"](list(map(str, uploads)), "narrow", app.AUTOMATIC, request)
         slider, video, download, status = next(shows)
         copy = Path(shutil.copy(download["value"], tmp_path / "downloaded"))
         assert not list(shows)
@@ -229,6 +233,8 @@ def test_the_page_shows_results_and_problems_and_keeps_no_files(handler, tmp_pat
             handler(*uploads)
     with pytest.raises(gr.Error, match="time limit of -1 seconds"):
         handler(tmp_path / "a.png", seconds=-1)
+    with pytest.raises(gr.Error, match="Stopped before it began"):
+        handler(tmp_path / "a.png", stopped=True)
     assert not [path for path in (tmp_path / "handled").iterdir() if path.name != "gradio"]
 
 
@@ -254,6 +260,45 @@ def test_uploads_are_deleted_and_no_other_files_served(tmp_path, monkeypatch, pn
         page.close()
 
 
+def test_uploads_that_broke_off_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "SWEEP", 0.1)
+    (tmp_path / "gradio" / "abc").mkdir(parents=True)
+    fragment, going_on, upload = (tmp_path / "gradio" / name for name in ("tmp1", "tmp2", "abc/tmp3.png"))
+    for path in (fragment, going_on, upload):
+        path.touch()
+    for path in (fragment, upload):
+        os.utime(path, (0, 0))
+    threading.Thread(target=app.sweep_fragments, args=(tmp_path, 100), daemon=True).start()
+    for _ in range(100):
+        if not fragment.exists():
+            break
+        time.sleep(0.1)
+    assert not fragment.exists() and going_on.exists() and upload.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no such signals here")
+def test_a_closed_terminal_leaves_no_files(tmp_path, narrow_weights, png):
+    """Also where Gradio is told to keep its files elsewhere. A proxy is not asked for the page."""
+    httpx = pytest.importorskip("httpx")
+    folders = {"TMPDIR": tmp_path / "served", "GRADIO_TEMP_DIR": tmp_path / "elsewhere"}
+    for folder in folders.values():
+        folder.mkdir()
+    env = os.environ | {name: str(folder) for name, folder in folders.items()} | {"http_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, "app.py", "--gpus", "cpu", "--weights", narrow_weights]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[0]
+            with httpx.Client(trust_env=False) as client:
+                client.post(f"{url}gradio_api/upload", files={"files": ("a.png", png)})
+            files = [path.read_bytes() for path in tmp_path.rglob("a.png")]
+            assert files == [png]
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+    assert not [path for folder in folders.values() for path in folder.rglob("*") if path.is_file()]
+
+
 def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     (folder / "models" / "mine").mkdir(parents=True)
@@ -272,6 +317,7 @@ def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
     [
         (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--gpus", "99"], "--gpus 99"),
+        (["--host", "::1"], "--host ::1: Gradio takes no IPv6 addresses"),
         (["--host", "203.0.113.7"], r"203\.0\.113\.7 cannot be used"),
         (["--port", "TAKEN"], r"127\.0\.0\.1:\d+ cannot be used"),
     ],

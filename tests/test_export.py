@@ -78,6 +78,24 @@ def test_an_export_that_differs_fails(exported, weights, tmp_path, monkeypatch):
     assert (tmp_path / "a.onnx").read_text() == "of an earlier export"
 
 
+def test_the_example_refuses_more_than_8_bits(exported, tmp_path):
+    write_png(tmp_path / "deep.png", np.zeros((16, 16), np.uint16))
+    command = ["docs/onnx_example.py", exported / "any.onnx", tmp_path / "deep.png", tmp_path / "derained.png"]
+    run = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "deep.png has more than 8 bits" in run.stderr
+
+
+def test_what_cannot_be_used_is_named_before_the_export(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "to_onnx", None)
+    pictures = make_pairs(tmp_path / "pairs", count=2, size=(16, 16)) / "input"
+    options = ["--weights", str(weights), "--pictures", str(pictures), "--output"]
+    with pytest.raises(SystemExit, match="is a folder: give --output a file in it"):
+        export.main([*options, str(tmp_path)])
+    (pictures / "1.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match=r"1\.png cannot be read"):
+        export.main([*options, str(tmp_path / "a.onnx")])
+
+
 def test_what_is_missing_is_named(monkeypatch, weights):
     monkeypatch.setattr(export, "onnx", None)
     with pytest.raises(SystemExit, match=r"onnxruntime: pip install -r requirements-extras\.txt"):

@@ -247,12 +247,22 @@ def test_images_and_files_come_back_as_they_went_in(narrow_weights, tmp_path, mo
     Image.fromarray(pixels).convert("RGBA").save("d.png")
     assert derain("d.png", narrow_weights, output="d.jpg", gpus="cpu") == Path("d.jpg.png")
     assert read_picture("d.jpg.png").alpha is not None
+    Path("folder").mkdir()
+    assert derain("a.png", narrow_weights, output="folder", gpus="cpu") == Path("folder/a.png")
+    for name in ("b.gif", "b.pdf", "b"):  # which cannot hold it, are no pictures, say nothing
+        assert derain("a.png", narrow_weights, output=name, gpus="cpu") == Path(f"{name}.png")
+        assert np.array_equal(read_image(f"{name}.png"), expected)
+    profiled = Image.fromarray(pixels)
+    profiled.info["icc_profile"] = b"profile"
+    assert derain(profiled, narrow_weights, gpus="cpu").info == {"icc_profile": b"profile"}
     with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
         derain("results/a.png", narrow_weights, gpus="cpu")
     with pytest.raises(UserError, match=r"c\.png does not exist"):
         derain("c.png", narrow_weights, gpus="cpu")
     with pytest.raises(UserError, match=r"c\.pth does not exist"):
         derain("a.png", "c.pth", gpus="cpu")
+    with pytest.raises(UserError, match=r"--gpus 99: PyTorch .* GPUs here"):
+        derain("a.png", narrow_weights, gpus=99)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ def mirror(tmp_path, monkeypatch, narrow_weights):
 def test_the_list_names_all_weights_and_what_is_here(capsys, mirror):
     weights.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 11 + 1
+    assert len(lines) == 1 + 1 + 11 + 2
     own = next(line for line in lines if line.startswith("own"))
     assert "10.53 M" in own and own.endswith("checkpoints/nerd_rain_s.pth") and "not here" not in own
     line = next(line for line in lines if line.startswith("NeRD-Rain/Rain200L"))
-    assert "22.89 M  41.71 0.9903" in line and "not here" in line
+    assert "22.89 M  41.71 0.9903" in line and "not here: https://drive.google.com/" in line
 
 
 def test_weights_are_fetched_by_name(capsys, mirror, tmp_path):
@@ -48,8 +48,12 @@ def test_hub_builds_the_networks_with_and_without_weights(mirror):
         assert parameters == NUMBERS[name]["parameters"]
     net, own = load("nerd_rain_s", pretrained=True), load_network(OWN_WEIGHTS)
     assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
-    with pytest.raises(UserError, match="no weights of NeRD-Rain of its own: say pretrained='Rain200L'"):
+    with pytest.raises(UserError, match=r"no weights of NeRD-Rain of its own; .* pretrained='Rain200L', 'Rain200H'"):
         load("nerd_rain", pretrained=True)
+    with pytest.raises(UserError, match="NeRD-Rain-MPRNet of its own; the authors' are pretrained='unstated'"):
+        load("nerd_rain_mprnet", pretrained=True)
+    with pytest.raises(UserError, match="no weights NeRD-Rain-S/1 were released"):
+        load("nerd_rain_s", pretrained=1)
     weights.load_released("NeRD-Rain-S", "Rain200L", mirror=mirror)
     assert load("nerd_rain_s", pretrained="Rain200L").options["dim"] == 8
     with pytest.raises(UserError, match="leave dim away"):

@@ -27,14 +27,14 @@ def add_gpus(parser):
 
 
 def choose_device(gpus=None):
-    """-> torch.device. `gpus` is a GPU's number as in "0" (of "0,1" the first counts) or "cpu"; None takes a GPU if
+    """-> torch.device. `gpus` is a GPU's number, 0 or "0" (of "0,1" the first counts), or "cpu"; None takes a GPU if
     there is one. Raises UserError if the GPU asked for is not there."""
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         keep_freed_memory()
         return torch.device("cpu")
     if gpus is None:
         return torch.device("cuda")
-    number = gpus.split(",")[0]
+    number = str(gpus).split(",")[0]
     if not (number.isascii() and number.isdecimal()):
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
     if int(number) >= torch.cuda.device_count():

@@ -264,6 +264,8 @@ WRITERS_16_BITS = {"PNG": png_16_bits, "TIFF": tiff_16_bits}  # what holds 16 bi
 
 def encode(pixels, ending, quality, metadata):
     """H×W(×2, 3 or 4) uint8 or uint16 -> bytes of a picture file."""
+    if ending not in KEEPABLE:
+        raise ValueError(f"no {ending or 'files without an ending'} are written")
     kind = Image.registered_extensions()[ending]
     if pixels.dtype == np.uint16:  # which Pillow does not write in colour
         if kind not in WRITERS_16_BITS:

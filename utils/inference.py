@@ -16,7 +16,16 @@ from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device, strict_float32
 from utils.errors import UserError
-from utils.formats import QUALITY, channels_of, from_channels, in_png, read_picture, to_channels, write_picture
+from utils.formats import (
+    KEPT_MODES,
+    QUALITY,
+    channels_of,
+    from_channels,
+    in_png,
+    read_picture,
+    to_channels,
+    write_picture,
+)
 from utils.huge import derain_huge, is_huge
 from utils.images import reflect_pad, to_image, to_tensor
 
@@ -267,7 +276,7 @@ def derain(
     image: np.ndarray | Image.Image | str | os.PathLike,
     weights: str | os.PathLike = OWN_WEIGHTS,
     output: str | os.PathLike | None = None,
-    gpus: str | None = None,
+    gpus: str | int | None = None,
     **options,
 ) -> np.ndarray | Image.Image | Path:
     """Derains a picture and returns one of the same kind. For many files, clips or networks use Derainer itself, which
@@ -278,7 +287,7 @@ def derain(
             or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written to
             `output` (to `output`.png where the format of its ending cannot hold it) and whose path is returned
         weights: a checkpoint, by default this repository's own; it stays loaded for the next call
-        output: where the result of a file goes, by default results/<its name>.png
+        output: where the result of a file goes, a file or a folder, by default results/<its name>.png
         gpus: number of the GPU, or "cpu"; by default a GPU if there is one
         options: mode, window, bf16, ensemble and fused, as Derainer takes them
 
@@ -287,7 +296,9 @@ def derain(
     changed = os.stat(weights).st_mtime_ns if os.path.exists(weights) else None
     derainer = load_derainer(os.fspath(weights), changed, gpus, tuple(sorted(options.items())))
     if isinstance(image, str | os.PathLike):
-        path, output = Path(image), Path(output or Path("results", Path(image).stem + ".png"))
+        path, name = Path(image), Path(image).stem + ".png"
+        output = Path(output or Path("results", name))
+        output = output / name if output.is_dir() else output
         if path.resolve() in (output.resolve(), in_png(output).resolve()):
             raise UserError(f"{path}: its result would overwrite it, choose another output.")
         if is_huge(path):
@@ -297,7 +308,10 @@ def derain(
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
         pixels = np.asarray(upright) if upright.mode == "F" else channels_of(upright)
-        return Image.fromarray(derain_array(derainer, pixels))
+        result = Image.fromarray(derain_array(derainer, pixels))
+        if upright.mode in KEPT_MODES and "icc_profile" in upright.info:
+            result.info["icc_profile"] = upright.info["icc_profile"]
+        return result
     derained = derain_array(derainer, image)
     return derained.reshape(image.shape)
 

@@ -47,10 +47,7 @@ def load_released(network, dataset, folder=None, mirror=None):
         if network_name(net) != network:
             raise UserError(f"{path} holds {network_name(net)}, not {network}.")
     except UserError as error:
-        places = [f"https://drive.google.com/file/d/{fact['google_drive_file_id']}/view"]
-        if fact["baidu_url"]:
-            places.append(f"{fact['baidu_url']} (code {fact['baidu_code']})")
-        places = " or\n  ".join(places)
+        places = " or\n  ".join(places_of(fact))
         raise UserError(
             f"{network} on {dataset} needs its weights. {sentence(error)} Download them from\n"
             f"  {places}\nand put them at {path}"
@@ -58,23 +55,31 @@ def load_released(network, dataset, folder=None, mirror=None):
     return net
 
 
+def places_of(fact):
+    """-> where the authors put a file of weights: pages to open in a browser."""
+    places = [f"https://drive.google.com/file/d/{fact['google_drive_file_id']}/view"]
+    return places + ([f"{fact['baidu_url']} (code {fact['baidu_code']})"] if fact["baidu_url"] else [])
+
+
 def print_list():
     """Prints a line for each file of weights: network, what it was trained on, parameters, what the paper measured with
-    it, and where it is or would be."""
+    it, and where it is, here or at the authors'."""
     paper = paper_scores()
     print(f"{'name':31} {'trained on':16} {'parameters':>10}  {'PSNR':>5} {'SSIM':>6}  file")
-    rows = [("NeRD-Rain-S", "Rain800, BSDS500", OWN_WEIGHTS)]
-    rows += [(network, dataset, RELEASED / network / f"{dataset}.pth") for network, dataset in released_weights()]
-    for network, dataset, path in rows:
+    rows = [("NeRD-Rain-S", "Rain800, BSDS500", OWN_WEIGHTS, None)]
+    rows += [(*key, Path(RELEASED, key[0], f"{key[1]}.pth"), fact) for key, fact in released_weights().items()]
+    for network, dataset, path, fact in rows:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in NETWORKS[network]().parameters())
         score = paper.get((dataset, network))
         numbers = f"{score.psnr:5.2f} {score.ssim:.4f}" if score else f"{'–':>5} {'–':>6}"
         name = "own" if path == OWN_WEIGHTS else f"{network}/{dataset}"
-        place = os.path.relpath(path)
-        there = f"{path.stat().st_size / 2**20:.0f} MiB, {place}" if path.exists() else f"not here: {place}"
+        there = f"not here: {places_of(fact)[0]}" if fact else "not here: clone this repository again"
+        if path.exists():
+            there = f"{path.stat().st_size / 2**20:.0f} MiB, {os.path.relpath(path)}"
         print(f"{name:31} {dataset:16} {parameters / 1e6:8.2f} M  {numbers}  {there}")
     print("PSNR and SSIM are the paper's, on the test set of the same name. Own: see checkpoints/nerd_rain_s.md.")
+    print("`python -m utils.weights NAME` fetches what is not here; by hand, it goes to checkpoints/released/NAME.pth.")
 
 
 @reports_errors
