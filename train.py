@@ -48,6 +48,7 @@ from utils.devices import (
     reports_lost_processes,
     start_processes,
     sum_over_processes,
+    usable_cores,
 )
 from utils.errors import UserError, counted, reports_errors
 from utils.files import lock
@@ -115,7 +116,7 @@ def parse_args(argv=None):
     add("val_epochs", 1, "epochs between two validations")
     add("lr", 1e-4, "learning rate after the warm-up")
     add("seed", 1234, "of the initial weights, the order and the augmentation")
-    add("num_workers", min(4, os.cpu_count()), "data-loading processes, each for training and for validation")
+    add("num_workers", min(4, usable_cores()), "data-loading processes, each for training and for validation")
     add("bf16", False, "bfloat16 autocast", action="store_true")
     add("compile", False, "torch.compile", action="store_true")
     add("save_memory", False, "compute activations again instead of keeping them: slower", action="store_true")

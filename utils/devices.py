@@ -21,6 +21,11 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+def usable_cores():
+    """-> how many of the machine's cores this process may use: fewer in a job of a scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def add_gpus(parser):
     """Adds the option that choose_device takes."""
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")

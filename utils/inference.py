@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from model import MULTIPLE
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.devices import choose_device, strict_float32
+from utils.devices import choose_device, strict_float32, usable_cores
 from utils.errors import UserError
 from utils.formats import (
     KEPT_MODES,
@@ -157,7 +157,7 @@ class Derainer:
         self.device = next(net.parameters()).device
         gpu = self.device.type == "cuda"
         self.batch = GPU_BATCH if gpu else 1
-        self.threads = min(8, os.cpu_count()) if gpu else 1
+        self.threads = min(8, usable_cores()) if gpu else 1
         self.forward = self.plain
         if fused:
             if not gpu:
