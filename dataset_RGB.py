@@ -286,9 +286,9 @@ class EpochSampler(Sampler):
 
 
 def quiet_worker(_):
-    """Workers leave Ctrl-C and SIGTERM, which schedulers send to a whole group of processes, to the main process: it
+    """Workers leave signals that terminals and schedulers send to a whole group of processes to the main process: it
     saves, and they end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
         signal.signal(number, signal.SIG_IGN)
 
 

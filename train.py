@@ -58,6 +58,7 @@ from utils.run_log import RunLog, describe, whole_lines
 WARMUP_EPOCHS = 3
 MIN_LR = 1e-6
 LOG_STEPS = 100  # steps between two TensorBoard points of the losses
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
 TRAIN_DIR = "Datasets/Rain200L/train"
@@ -233,14 +234,19 @@ def make_schedule(optimizer, num_epochs, epochs_done, no_zero_epoch=False):
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM ask the run to save and end; one more, seconds later, ends it at once."""
+    """Ctrl-C, SIGTERM and a terminal that is closed ask the run to save and end; one more, seconds later, ends it at
+    once."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+            if number and (number != HANGUP or signal.getsignal(number) != signal.SIG_IGN):  # as nohup wants it
+                signal.signal(number, self.ask)
 
     def ask(self, number, _):
+        if number == HANGUP:  # there is nothing left to print to: errors would keep it from saving
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.signal:
             self.signal, self.time = number, time.monotonic()
             print("stopping after this step …", file=sys.stderr)

@@ -41,8 +41,8 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def signals_restored():
-    """train.py takes over Ctrl-C and SIGTERM."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """train.py takes over Ctrl-C, SIGTERM and SIGHUP."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

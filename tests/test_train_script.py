@@ -126,6 +126,22 @@ def test_interrupted_runs_end_with_the_weights_of_an_uninterrupted_one(options, 
         assert len(lines_of(folder)) == 10
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no such terminals here")
+def test_a_closed_terminal_loses_nothing(options, tmp_path):
+    import pty
+
+    process, terminal = pty.fork()
+    if process == 0:  # the terminal is its own now
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "train.py", *options, "--num_epochs", "60", "--num_workers", "1"])
+    while not (session(tmp_path) / "log.jsonl").exists() or len(lines_of(session(tmp_path))) < 3:
+        os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    saved = load_checkpoint(session(tmp_path) / "model_latest.pth")
+    assert 3 <= saved["epoch"] + saved["pictures"] / 100 < 60
+
+
 def test_an_interruption_within_an_epoch_loses_no_step(options, tmp_path, monkeypatch, capsys):
     finished = train.Trainer.train_step
 
