@@ -330,6 +330,8 @@ class Trainer:
         if source == self.previous:
             reasons = problems or [f"{self.latest} is not there."]
             print("warning:", *reasons, f"Going on from {self.previous}.")
+            if self.latest.exists():  # perhaps it could not be read today only: it is kept
+                os.replace(self.latest, self.folder / "model_damaged.pth")
             os.replace(self.previous, self.latest)  # before a broken file takes its place
         description = describe(vars(self.args), self.device, self.world)
         print(

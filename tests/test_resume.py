@@ -126,6 +126,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(options, tmp_path, capsys):
     assert f"warning: {session(tmp_path) / 'model_latest.pth'} cannot be read as a checkpoint" in output
     assert f"Going on from {session(tmp_path) / 'model_previous.pth'}" in output
     assert "continues after epoch 1 and 0 of 3 steps" in output
+    assert (session(tmp_path) / "model_damaged.pth").stat().st_size == 1000
     assert load_checkpoint(session(tmp_path) / "model_previous.pth")["epoch"] == 2
     train.main([*options, "--session", "b"])
     assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
