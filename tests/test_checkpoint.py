@@ -50,6 +50,8 @@ def test_weights_are_passed_on_in_half_precision(tmp_path):
     assert content.keys() == {"state_dict", "options"} and content["state_dict"].keys() == raw.keys()
     assert all(torch.equal(tensor, averaged[name].half()) for name, tensor in content["state_dict"].items())
     assert load_network(tmp_path / "half.pth").output_max.weight.dtype == torch.float32
+    with pytest.raises(SystemExit, match=r"both.pth is there already"):
+        checkpoint.main([str(tmp_path / "half.pth"), str(tmp_path / "both.pth")])
 
 
 def test_a_recognised_mprnet_form_still_shares_its_slope(tmp_path):

@@ -175,6 +175,8 @@ def main(argv=None):
     parser.add_argument("checkpoint")
     parser.add_argument("output")
     args = parser.parse_args(argv)
+    if Path(args.output).exists():
+        raise UserError(f"{args.output} is there already, perhaps with what a run needs to go on: choose another name.")
     net = load_network(args.checkpoint)
     weights = {name: tensor.half() for name, tensor in net.state_dict().items()}
     save_checkpoint(args.output, state_dict=weights, options=net.options)
