@@ -5,8 +5,8 @@
 writes photos/NAME.* as target/NAME.png and its rainy versions as input/NAME_1.png, input/NAME_2.png, …
 train.py --clean_dir makes them while it trains, new ones in every epoch.
 
-A rainy picture is the clean one behind a veil of distant drops, behind layers of streaks from far to near, as a camera
-with noise and JPEG compression records it. STYLES says how its parameters are drawn.
+A rainy picture is the clean one in other light, behind a veil of distant drops, behind layers of streaks from far to
+near, as a camera with noise and JPEG compression records it. STYLES gives the ranges of its parameters.
 """
 
 import argparse
@@ -35,41 +35,45 @@ class Style(NamedTuple):
     opacity: tuple  # of a layer's strongest streaks
     brightness: tuple  # of the streaks, 1 being white
     veil: tuple = (0, 0)  # how much of the farthest part of the scene is lost in haze
+    contrast: tuple = (1, 1)  # of the scene in the light of a rainy day, about mid-grey
+    exposure: tuple = (0, 0)  # how much brighter that light is, in levels of 255
 
 
 STYLES = {
     "light": Style(  # fine streaks in one direction: Rain12, Rain100L, Rain200L
-        share=0.4,
+        share=0.25,
         layers=(1, 2),
         tilt=(0, 30),
         spread=(0, 2),
         length=(6, 45),
         width=(0.35, 0.9),
-        density=(6e-4, 8e-3),
+        density=(1e-3, 1e-2),
         opacity=(0.15, 0.8),
         brightness=(0.6, 1),
     ),
-    "heavy": Style(  # overlapping streaks in about five directions: Rain100H, Rain200H
-        share=0.2,
-        layers=(3, 6),
-        tilt=(0, 20),
-        spread=(5, 45),
-        length=(12, 60),
-        width=(0.4, 1.2),
-        density=(1e-3, 6e-3),
+    "heavy": Style(  # long, dense, nearly opaque streaks in several directions: Rain100H, Rain200H
+        share=0.4,
+        layers=(3, 5),
+        tilt=(0, 15),
+        spread=(0, 20),
+        length=(25, 70),
+        width=(0.5, 1),
+        density=(5.5e-3, 1.4e-2),
         opacity=(0.3, 0.8),
-        brightness=(0.7, 1),
+        brightness=(0.8, 1),
     ),
-    "shower": Style(  # thick showers of soft streaks: Rain800, DID-Data, DDN-Data
-        share=0.3,
+    "shower": Style(  # thick showers of short streaks, in another light: Rain800, DID-Data, DDN-Data
+        share=0.25,
         layers=(1, 3),
         tilt=(0, 40),
         spread=(0, 8),
-        length=(8, 50),
-        width=(0.5, 1.5),
-        density=(3e-3, 2e-2),
-        opacity=(0.1, 0.5),
+        length=(8, 40),
+        width=(0.4, 1.2),
+        density=(2e-3, 1.4e-2),
+        opacity=(0.2, 0.6),
         brightness=(0.7, 1),
+        contrast=(0.8, 1.12),
+        exposure=(-20, 20),
     ),
     "deep": Style(  # all depths at once, from haze to defocused drops before the lens: photographs of real rain
         share=0.1,
@@ -84,6 +88,7 @@ STYLES = {
         veil=(0, 0.5),
     ),
 }
+ANY_SIDE = 0.3  # of the pictures have rain that falls from any side: results must not depend on what is up
 
 
 def streak_kernel(length, width, angle):
@@ -143,11 +148,14 @@ def add_rain(clean, rng, style=None):
     names, shares = list(STYLES), [style.share for style in STYLES.values()]
     style = STYLES[style or names[rng.choice(len(names), p=shares)]]
     height, width = clean.shape[:2]
-    picture = clean.astype(np.float32)
+    picture = 128 + rng.uniform(*style.contrast) * (clean.astype(np.float32) - 128) + rng.uniform(*style.exposure)
+    picture = np.clip(picture, 0, 255)
     veil = haze(height, width, rng.uniform(*style.veil), rng)[..., None]
     light = 255 * rng.uniform(*style.brightness)
     picture += veil * (light - picture)
     direction = rng.choice((-1, 1)) * rng.uniform(*style.tilt)
+    if rng.random() < ANY_SIDE:
+        direction = rng.uniform(-90, 90)
     additive = rng.random() < 0.5
     for _ in range(rng.integers(style.layers[0], style.layers[1] + 1)):
         angle = direction + rng.choice((-1, 1)) * rng.uniform(*style.spread)
