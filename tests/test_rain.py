@@ -42,7 +42,7 @@ def test_styles_are_as_strong_as_the_sets_that_they_stand_for(style, decibels, s
     pairs = [(rain_on(photo, seed, style), photo) for photo in photographs for seed in range(3)]
     values = np.mean([psnr_ssim(rainy, clean, "rain200") for rainy, clean in pairs], axis=0)
     assert values[0] == pytest.approx(decibels, abs=3)
-    assert values[1] == pytest.approx(similarity, abs=0.1)
+    assert values[1] == pytest.approx(similarity, abs=0.15)
 
 
 def test_some_rain_falls_from_any_side():
