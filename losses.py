@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Points
-
 
 def charbonnier(x, y, eps=1e-3):
     """Mean of √((x − y)² + ε²): a smooth L1 distance."""
@@ -94,8 +92,8 @@ class DerainLoss(nn.Module):
 
     @staticmethod
     def beside_clean(rendering, targets):
-        """A rendering, float32, and what it should be: targets are the clean image at the next scale, which coordinate
-        heads render, and at the head's own."""
-        if isinstance(rendering, Points):
-            return rendering.colours.float(), rendering.colours_of(targets[0])
+        """A rendering in float32 and its target, of the clean images at the next scale, which coordinate heads render,
+        and at the head's own. A rendering that is no image brings its target."""
+        if not torch.is_tensor(rendering):
+            return rendering.beside(targets[0])
         return rendering.float(), next(clean for clean in targets if clean.shape == rendering.shape)

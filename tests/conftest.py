@@ -1,20 +1,31 @@
+import os
 import signal
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
-from model import MultiscaleNet
-from utils.images import write_png
+from ablations import build
+from utils.checkpoint import save_checkpoint
+from utils.pictures import write_png
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Only tests marked `gpu` see GPUs: all others compare with numbers of the CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
 def narrow_weights(tmp_path_factory):
-    """A checkpoint of a narrow network, which the scripts recognise like any other and run quickly."""
+    """A checkpoint of a narrow network, which the scripts recognise and run quickly."""
     torch.manual_seed(0)
-    net = MultiscaleNet(dim=8, num_blocks=(1, 1, 1))
     path = tmp_path_factory.mktemp("weights") / "narrow.pth"
-    torch.save({"epoch": 1, "state_dict": net.state_dict()}, path)
+    save_checkpoint(path, epoch=1, state_dict=build(dim=8, num_blocks=(1, 1, 1)).state_dict())
     return path
 
 

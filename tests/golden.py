@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import model
+import ablations
 
 FOLDER = Path(__file__).parent / "reference"
 NUMBERS = json.loads((FOLDER / "golden.json").read_text())
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 ARRAYS = np.load(FOLDER / "golden.npz")
-NETWORKS = ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet")
+NETWORKS = {  # name in the reference files -> name of the network
+    "nerd_rain": "NeRD-Rain",
+    "nerd_rain_s": "NeRD-Rain-S",
+    "nerd_rain_mprnet": "NeRD-Rain-MPRNet",
+}
 
 
 def generator(name):
@@ -44,7 +48,11 @@ def golden_weights(name):
     return {key: golden_weight(key, shape) for key, shape in NUMBERS[name]["state_dict"].items()}
 
 
+def build(name):
+    return ablations.build(**ablations.NETWORKS[NETWORKS[name]])
+
+
 def golden_network(name):
-    net = getattr(model, name)()
+    net = build(name)
     net.load_state_dict(golden_weights(name), strict=True)
     return net

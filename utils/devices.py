@@ -1,29 +1,56 @@
-"""Where to run: the device, and which process of how many this one is."""
+"""Which device computes, and which of how many processes this one is."""
 
 import contextlib
 import ctypes
 import os
+import re
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.files import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory():
-    """Lets the process keep memory that it frees. By default glibc gives each large tensor back to the kernel, which
-    has to zero every page of the next one: a quarter of the network's time on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to set
+    """Makes glibc keep freed memory. By default it returns each large tensor to the kernel, which zeroes every page of
+    the next one: a quarter of the network's time on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def usable_cores():
-    """-> how many of the machine's cores this process may use: fewer in a job of a scheduler."""
+    """-> the number of cores this process may use, fewer than the machine's in a scheduler's job."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cpu_warnings():
+    """-> sentences to print before computing on the CPU: an NVIDIA GPU that PyTorch cannot use, cores that are busy."""
+    found = []
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        version = re.search(r"\d+\.\d+[.\d]*", driver.read_text())
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        found.append(
+            f"WARNING: this machine has an NVIDIA GPU (driver {version[0] if version else 'unknown'}), but PyTorch "
+            f"{torch.__version__}, built {built}, cannot use it: THE CPU COMPUTES. Update the driver or install "
+            "a PyTorch for it (https://pytorch.org/get-started/locally/), or use --gpus cpu if this is intended."
+        )
+    load, threads, cores = (
+        os.getloadavg()[0] if hasattr(os, "getloadavg") else 0,
+        torch.get_num_threads(),
+        usable_cores(),
+    )
+    if threads > 1 and load + threads > cores + 0.5:
+        found.append(
+            f"note: other programs keep about {load:.0f} of {cores} cores busy. With more threads than free cores this "
+            f"one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
+        )
+    return found
 
 
 def add_gpus(parser):
@@ -32,54 +59,48 @@ def add_gpus(parser):
 
 
 def choose_device(gpus=None):
-    """-> torch.device. `gpus` is a GPU's number, 0 or "0" (of "0,1" the first counts), or "cpu"; None takes a GPU if
-    there is one. Raises UserError if the GPU asked for is not there."""
+    """-> torch.device, which is also made PyTorch's current one. `gpus` is a GPU's number, 0 or "0" (of "0,1" the first
+    counts), or "cpu"; None takes a GPU if there is one. Under torchrun each process takes the GPU of its local rank.
+    Raises UserError if the GPU is not there."""
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         keep_freed_memory()
         return torch.device("cpu")
-    if gpus is None:
-        return torch.device("cuda")
-    number = str(gpus).split(",")[0]
+    number, count = str(0 if gpus is None else gpus).split(",")[0], torch.cuda.device_count()
+    if "LOCAL_RANK" in os.environ:
+        number = os.environ["LOCAL_RANK"]
+        if int(number) >= count:
+            raise UserError(f"this machine has {count} GPU{'s' * (count != 1)}: use --nproc_per_node {count}.")
     if not (number.isascii() and number.isdecimal()):
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
-    if int(number) >= torch.cuda.device_count():
+    if int(number) >= count:
         raise UserError(
-            f"--gpus {gpus}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs here; leave --gpus away "
-            "to run on what there is, or check the driver with nvidia-smi."
+            f"--gpus {gpus}: PyTorch {torch.__version__} sees {count} GPUs here; leave --gpus out to run on what there "
+            "is, or check the driver with nvidia-smi."
         )
-    return torch.device("cuda", int(number))
+    device = torch.device("cuda", int(number))
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager
 def strict_float32():
-    """Lets GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits, and
-    pictures then differ from a CPU's by a level here and there."""
+    """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs
+    to TF32, of 10 bits, and pictures then differ from a CPU's by a level here and there."""
     cudnn = torch.backends.cudnn
-    if hasattr(cudnn, "conv"):
-        flags, name, strict = cudnn.conv, "fp32_precision", "ieee"
-    else:  # before PyTorch 2.9
-        flags, name, strict = cudnn, "allow_tf32", False
-    before = getattr(flags, name)
-    setattr(flags, name, strict)
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False  # not conv.fp32_precision: mixed with it, libraries that read this flag fail
     try:
         yield
     finally:
-        setattr(flags, name, before)
+        cudnn.allow_tf32 = before
 
 
-def start_processes(gpus=None, patience=None):
-    """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes).
-    `gpus` is as in choose_device; under torchrun each process takes a GPU of its own, or "cpu". `patience` (timedelta)
-    is how long a process waits for another one that lives; PyTorch's default is minutes."""
+def start_processes(gpus=None):
+    """Joins the processes that torchrun started, if it did -> (device, this process's rank, number of processes)."""
+    device = choose_device(gpus)
     if "LOCAL_RANK" not in os.environ:
-        return choose_device(gpus), 0, 1
-    device = choose_device(gpus if gpus == "cpu" else None)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"there are {torch.cuda.device_count()} GPUs here: give torchrun that --nproc_per_node.")
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        return device, 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -91,7 +112,7 @@ def end_processes():
 
 @contextlib.contextmanager
 def reports_lost_processes():
-    """Turns what the backends raise where another of the processes has vanished into a UserError."""
+    """Turns what gloo raises when another process has vanished into a UserError; NCCL waits until torchrun ends it."""
     try:
         yield
     except RuntimeError as error:
@@ -99,7 +120,7 @@ def reports_lost_processes():
             raise
         raise UserError(
             f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
-            "what torchrun prints below, says why. What was finished is whole, and the same command goes on from it."
+            "what torchrun prints below, says why. The same command continues from the last checkpoint."
         ) from error
 
 
@@ -113,7 +134,7 @@ def sum_over_processes(tensor):
 
 
 def largest_over_processes(number, device):
-    """-> the largest of a number over all processes, on each of them."""
+    """-> the largest of a number over all processes, on each of them. On a GPU this waits for its queue."""
     if not dist.is_initialized():
         return number
     tensor = torch.tensor(float(number), device=device)
@@ -124,21 +145,3 @@ def largest_over_processes(number, device):
 def equal_over_processes(number, device):
     """-> whether all processes have the same number."""
     return largest_over_processes(number, device) == -largest_over_processes(-number, device)
-
-
-def from_first_process(value):
-    """-> what the first process has, on each of them; anything that can be pickled."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-def from_all_processes(value):
-    """-> list of what each process has, on each of them; anything that can be pickled."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

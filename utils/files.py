@@ -1,15 +1,27 @@
-"""Writing files so that nothing half-written is ever left."""
+"""Files that are written whole or not at all, and errors that are sentences."""
 
 import contextlib
 import csv
 import errno
+import functools
+import glob
 import io
 import json
+import logging
 import os
+import platform
+import socket
+import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
-from utils.errors import UserError
+import cv2
+import numpy
+import PIL
+import torch
+import torchvision
 
 try:
     import fcntl
@@ -19,29 +31,102 @@ except ImportError:  # Windows
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
 
 
+class UserError(Exception):
+    """Something the user can mend; the message names the file or option and the way out."""
+
+
+def sentence(error):
+    """The message of a UserError. One raised in a data-loader worker arrives wrapped in its traceback."""
+    return str(error).rpartition("UserError: ")[2].strip()
+
+
+def counted(number, noun):
+    """-> such as "1 picture" or "2 pictures"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(lines, most=20):
+    """-> the first `most` lines, indented on lines of their own, and how many more there are."""
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+
+
+def out_of_memory(error):
+    """Whether an error means that GPU or main memory is used up; for the latter PyTorch has no class."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def reports_errors(main):
+    """Decorates a script's main function: errors that a user can mend end it with a sentence instead of a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("utils").setLevel(logging.INFO)
+        # Silences library warnings about broken pictures: our sentences name those.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module="PIL")
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.exit(f"error: {sentence(error)}")
+        except BrokenPipeError:  # of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more
+            sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename} cannot be used" if error.filename else "a file cannot be read or written"
+            sys.exit(f"error: {where} ({error.strerror or error}): check its path, its permissions and the free space.")
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            sys.exit("error: out of memory: choose a smaller patch, batch or window, or --mode tile instead of whole.")
+        except KeyboardInterrupt:
+            print("interrupted; what was finished is kept.", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped
+
+
 def short_name(name):
-    """-> a name that stands for a file's, which can be as long as names may be, and leaves room for an ending."""
-    return f"{name[:55]}.{zlib.crc32(os.fsencode(name)):08x}"  # names that begin alike are used at the same time
+    """-> a name for temporary files of a file, however long its own name is."""
+    return f"{name[:55]}.{zlib.crc32(os.fsencode(name)):08x}"
+
+
+def remove_abandoned(path):
+    """Removes what killed processes of this machine left where they wrote `path`."""
+    prefix = f".{short_name(path.name)}.{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        number = left.name.removeprefix(prefix).removesuffix(".tmp")
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError):  # not ours
+            continue
 
 
 @contextlib.contextmanager
 def atomic_path(path, previous=None):
-    """Yields another name in the same folder for a file that takes the place of `path` when the block ends well, and
-    vanishes when it does not.
+    """Yields a temporary name beside `path`; the file written there replaces `path` if the block succeeds, and is
+    removed if it fails.
 
-    What it replaces is kept as `previous`, if that is given: one of the two is there at any time. Folders are made as
-    needed. A full disk, a read-only folder and the like raise UserError.
+    `previous` keeps the file that is replaced: one of the two exists at any time. Parent folders are created. A full
+    disk, a read-only folder and the like raise UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{short_name(path.name)}.tmp")
+    temporary = path.with_name(f".{short_name(path.name)}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
         yield temporary
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the disk says
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps the disk's error
         if not isinstance(cause, OSError):
             raise
         reason = cause.strerror or cause
@@ -53,23 +138,27 @@ def atomic_path(path, previous=None):
 
 @contextlib.contextmanager
 def atomic_write(path, previous=None):
-    """Yields a binary file that takes the place of `path` as in atomic_path."""
+    """Yields a binary file that replaces `path` as in atomic_path."""
     with atomic_path(path, previous) as temporary, open(temporary, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
-def lock(path):
-    """Locks a file, which is made if need be -> the open file, or None if another process has locked it.
+def disk_failed(error):
+    """Whether a UserError comes from a disk on which no other file can be written either."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_ERRORS
 
-    The lock ends when the file is closed or this process ends, in whatever way. Where the system or its file system
-    has no locks, none is set.
+
+def lock(path):
+    """Locks a file, created if needed -> the open file, or None if another process holds the lock.
+
+    Closing the file or ending the process, in whatever way, releases the lock. File systems without locks set none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")  # noqa: SIM115
     try:
-        if fcntl:  # not flock: data-loading processes would inherit its lock, and they outlive a killed run by seconds
+        if fcntl:  # not flock: data-loading workers would inherit its lock, and they outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -78,14 +167,9 @@ def lock(path):
     return file
 
 
-def disk_failed(error):
-    """Whether a UserError comes from a disk that takes no further file either."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_ERRORS
-
-
 def write_text(path, text):
     with atomic_write(path) as file:
-        file.write(text.encode(errors="surrogateescape"))  # names that are not UTF-8, as they are
+        file.write(text.encode(errors="surrogateescape"))  # keeps file names that are not UTF-8
 
 
 def write_csv(path, header, rows):
@@ -95,5 +179,38 @@ def write_csv(path, header, rows):
 
 
 def write_json(path, content):
-    """Writes plain data; numbers that JSON does not know (infinite, not a number) raise ValueError."""
+    """Writes plain data as JSON; infinite numbers and NaN raise ValueError."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_json(path, content):
+    """Adds a line of JSON to a file. Raises UserError if it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(content) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
+
+
+def read_json_lines(path):
+    """-> list of the dicts in a file of JSON lines, without lines cut off by a power failure; [] without the file."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def software():
+    """-> dict of the versions that results depend on, and of this repository's commit (None outside a clone)."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "opencv": cv2, "pillow": PIL}
+    return {
+        "commit": commit or None,
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in modules.items()},
+    }
