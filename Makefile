@@ -1,33 +1,41 @@
 # make demo       derains the test pictures of Datasets/demo into results/demo with the weights of this repository
-# make test       ruff and the test suite
+# make test       ruff and the test suite, on the CPU
 # make test-slow  the tests that take minutes each
-# Each installs what it needs into .venv first; VENV=path uses another environment, PYTHON=python3.12 another Python.
+# make test-gpu   the tests that need a GPU
+# They install what they need into .venv. VENV=path uses an environment of yours as it is; PYTHON=python3.12 chooses the
+# Python of .venv.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+ifeq ($(VENV),.venv)
+installed = .venv/.$(1)
+endif
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow test-gpu
 
-demo: $(VENV)/.requirements.txt
+demo: $(call installed,requirements.txt)
 	$(BIN)/python test.py --input_dir Datasets/demo/test/input --target_dir Datasets/demo/test/target \
 		--output_dir results/demo --panel results/demo_panel.png
 	@echo "Look at results/demo_panel.png: rainy, derained, clean."
 
-test: $(VENV)/.requirements-dev.txt
+test: $(call installed,requirements-dev.txt)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.requirements-dev.txt
+test-slow: $(call installed,requirements-dev.txt)
 	$(BIN)/python -m pytest -m slow
 
-$(BIN)/python:
+test-gpu: $(call installed,requirements-dev.txt)
+	$(BIN)/python -m pytest -m gpu
+
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv .venv
 
-$(VENV)/.%.txt: %.txt requirements.txt requirements-extras.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement $<
+.venv/.%.txt: %.txt requirements.txt requirements-extras.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --requirement $<
 	touch $@

@@ -274,7 +274,7 @@ def own_encoder(dim, blocks):
 
 def build(dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4), **ablation):
     """The network with these options: MultiscaleNet, or AblationNet where it takes one. Raises ValueError."""
-    if heads is not None and all(ablation.get(name, default) == default for name, default in DEFAULTS.items()):
+    if heads is not None and DEFAULTS | ablation == DEFAULTS:
         return MultiscaleNet(dim, num_blocks, heads)
     return AblationNet(dim, num_blocks, heads, **ablation)
 

@@ -1,17 +1,15 @@
-"""Exports a network to ONNX, to run it without PyTorch (docs/onnx_example.py does), and compares the two.
+"""Exports a network to ONNX, to run it without PyTorch (docs/onnx_example.py), once it gives the same pictures.
 
     python export.py                                             # this repository's own weights -> nerd_rain_s.onnx
     python export.py --weights model_best.pth --output rain.onnx --size 256 256 --float16
 
-Input "rainy" and output "derained" are N×3×H×W, RGB in [0, 1], float32 whatever the precision inside; results are not
-clamped. N is free, and H and W are any multiples of 16; with --size they are that, and N is 1. Where the largest
-difference to PyTorch on --pictures is above the limit of the precision, nothing is written and the status is 1.
+Input "rainy" and output "derained" are N×3×H×W float32, RGB in [0, 1]; results are not clamped. N is free, H and W are
+any multiples of 16; with --size they are that, and N is 1. Where results differ from PyTorch's by more than 1e-4, or
+2e-2 with --float16, nothing is written and the exit status is 1.
 """
 
 import argparse
 import logging
-import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,24 +18,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from ablations import network_name
 from model import MULTIPLE
-from utils.checkpoint import OWN_WEIGHTS, load_network, network_name
-from utils.errors import UserError, reports_errors
-from utils.files import atomic_path
-from utils.images import find_pictures, read_image, reflect_pad, to_tensor
-from utils.inference import WINDOW
+from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.derain import WINDOW, to_tensor
+from utils.files import UserError, atomic_write, counted, reports_errors
+from utils.pictures import find_pictures, read_image, reflect_pad
 
 try:
-    import onnx
     import onnxruntime
     import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import convert_float_to_float16  # needs onnx
 except ImportError:
-    onnx = None
+    onnxruntime = None
 
-OPSET = 20  # the first with GELU as one operation; onnxruntime has it since 1.17, older than what computes it here
+OPSET = 20  # the first with GELU as one operation
 LIMITS = {"float32": 1e-4, "float16": 2e-2}  # largest differences of values in [0, 1]
-REPEATS = 5
 # Sums over all pixels overflow in float16.
 FLOAT32_OPERATORS = ["MatMul", "Gemm", "Einsum", "ReduceSum", "ReduceSumSquare", "Softmax", "LayerNormalization"]
 PICTURES = Path(__file__).parent / "Datasets" / "demo" / "test" / "input"
@@ -54,71 +50,58 @@ class FullSize(nn.Module):
         return self.net(rainy)[0]
 
 
-def to_onnx(net, size=None, half=False):
-    """-> ONNX model. `size` (height, width) fixes the size; else N, H and W are free."""
-    free = {0: torch.export.Dim("batch", max=64)}
-    free |= {side: MULTIPLE * torch.export.Dim(name, min=1, max=512) for side, name in ((2, "rows"), (3, "columns"))}
-    example = torch.rand(2, 3, 3 * MULTIPLE, 5 * MULTIPLE) if size is None else torch.rand(1, 3, *size)
-    program = torch.onnx.export(
-        FullSize(net.eval()),
-        (example,),
-        dynamo=True,
-        dynamic_shapes=None if size else {"rainy": free},
-        input_names=["rainy"],
-        output_names=["derained"],
-        opset_version=OPSET,
-        optimize=True,
-        verbose=False,
-    )
-    content = program.model_proto
-    if half:
-        content = convert_float_to_float16(content, keep_io_types=True, op_block_list=FLOAT32_OPERATORS)
-        nodes = {}
-        for node in content.graph.node:
-            nodes.setdefault(node.output[0], node)  # the converter repeats some of its casts
-        del content.graph.node[:]
-        content.graph.node.extend(nodes.values())
-    return content
+def to_onnx(net, size=None, float16=False):
+    """-> ONNX model. `size` (height, width) fixes the size of its input; by default N, H and W are free."""
+    example = torch.rand(1, 3, *size) if size else torch.rand(2, 3, 3 * MULTIPLE, 5 * MULTIPLE)
+    rows, columns = (MULTIPLE * torch.export.Dim(name, min=1, max=512) for name in ("rows", "columns"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        program = torch.onnx.export(
+            FullSize(net.eval()),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=None if size else ({0: torch.export.Dim("batch", max=64), 2: rows, 3: columns},),
+            input_names=["rainy"],
+            output_names=["derained"],
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    if float16:
+        model = convert_float_to_float16(model, keep_io_types=True, op_block_list=FLOAT32_OPERATORS)
+        nodes = {node.output[0]: node for node in reversed(model.graph.node)}  # the converter repeats some of its casts
+        del model.graph.node[:]
+        model.graph.node.extend(reversed(nodes.values()))
+    return model
 
 
-def batches(pictures, size=None):
-    """Picture files -> each one's upper left part of `size`, or of at most one window, 1×3×H×W; smaller ones are
-    reflected."""
-    for path in pictures:
-        image = read_image(path)
-        sides = size or [min(WINDOW, -(-side // MULTIPLE) * MULTIPLE) for side in image.shape[:2]]
-        image = reflect_pad(image, *map(max, image.shape[:2], sides))[: sides[0], : sides[1]]
-        yield path, to_tensor(image)[None]
+def crop(image, size=None):
+    """A picture -> 1×3×H×W: its upper left part of `size`, by default of at most one window; padded by reflection."""
+    height, width = size or (min(WINDOW, -(-side // MULTIPLE) * MULTIPLE) for side in image.shape[:2])
+    return to_tensor(reflect_pad(image, height, width)[:height, :width])[None]
 
 
-def median_seconds(run):
-    run()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def compare(net, path, pictures, size):
-    """Prints a row for each picture -> the largest difference."""
+def compare(net, model, images):
+    """Runs images, 1×3×H×W, through a network and a serialized ONNX model -> the largest difference. Prints times."""
     onnxruntime.set_default_logger_severity(3)  # errors; it warns of each operation that it has in float32 only
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    net, differences = net.to(memory_format=torch.channels_last).eval(), []
-    print(f"{'picture':24} {'size':>9}  largest difference  PyTorch  onnxruntime")
-    for picture, rainy in batches(pictures, size):
-        array, rainy = rainy.numpy(), rainy.to(memory_format=torch.channels_last)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    net = net.to(memory_format=torch.channels_last).eval()
+    difference = torch_seconds = onnx_seconds = 0
+    for image in images:
+        start = time.perf_counter()
         with torch.inference_mode():
-            expected = net(rainy)[0].numpy()
-            seconds = median_seconds(lambda x=rainy: net(x))
-        differences.append(float(np.abs(session.run(None, {"rainy": array})[0] - expected).max()))
-        others = median_seconds(lambda x=array: session.run(None, {"rainy": x}))
-        shape = "{2}×{3}".format(*array.shape)
-        print(f"{picture.name:24} {shape:>9}  {differences[-1]:18.1e}  {seconds:5.2f} s  {others:9.2f} s", flush=True)
-    return max(differences)
+            expected = net(image.contiguous(memory_format=torch.channels_last))[0].numpy()
+        between = time.perf_counter()
+        result = session.run(None, {"rainy": image.numpy()})[0]
+        end = time.perf_counter()
+        difference = max(difference, float(np.abs(result - expected).max()))
+        torch_seconds, onnx_seconds = torch_seconds + between - start, onnx_seconds + end - between
+    pictures = counted(len(images), "picture")
+    print(f"{pictures}: {torch_seconds:.2f} s with PyTorch, {onnx_seconds:.2f} s with ONNX Runtime, on the CPU")
+    return difference
 
 
 @reports_errors
@@ -127,35 +110,31 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, default=OWN_WEIGHTS, help="a checkpoint (default: this repository's)")
     parser.add_argument("--output", type=Path, help="the file to write (default: named after the weights, here)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="fixes the size of pictures")
-    parser.add_argument("--float16", action="store_true", help="half precision inside, but for sums over all pixels")
+    parser.add_argument("--float16", action="store_true", help="half precision inside, except for sums over all pixels")
     parser.add_argument("--pictures", default=PICTURES, help="what to compare on (default: the demo's)")
     args = parser.parse_args(argv)
     if args.size and (min(args.size) < MULTIPLE or any(side % MULTIPLE for side in args.size)):
         parser.error(f"--size must be multiples of {MULTIPLE}")
-    if onnx is None:
+    if onnxruntime is None:
         raise UserError("the export needs onnx, onnxscript and onnxruntime: pip install -r requirements-extras.txt")
-    pictures, net = find_pictures(args.pictures)[0], load_network(args.weights)
-    output = args.output or Path(f"{args.weights.stem}.onnx")
+    net, output = load_network(args.weights), args.output or Path(f"{args.weights.stem}.onnx")
     if output.is_dir():
         raise UserError(f"{output} is a folder: give --output a file in it.")
-    for path in pictures:  # minutes before they are needed
-        read_image(path)
-    precision = "float16" if args.float16 else "float32"
+    images = [crop(read_image(path), args.size) for path in find_pictures(args.pictures)[0]]
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it cannot simplify
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
-        content = to_onnx(net, args.size, args.float16)
-    size = "{}×{}".format(*args.size) if args.size else "any multiples of 16"
-    print(f"{network_name(net)}, {precision}, {size}, opset {OPSET}: {len(content.graph.node)} operations")
-    with atomic_path(output) as path:
-        onnx.save(content, path)
-        difference = compare(net, path, pictures, args.size)
-        if not difference < LIMITS[precision]:
-            limit = f"{LIMITS[precision]:.0e}"
-            sys.exit(
-                f"error: it differs from PyTorch by {difference:.1e}, more than {limit}: {output} was not written."
-            )
-    print(f"-> {output}")
+    precision = "float16" if args.float16 else "float32"
+    model = to_onnx(net, args.size, args.float16)
+    print(f"{network_name(net)}, {precision}: {counted(len(model.graph.node), 'operation')} of opset {OPSET}")
+    content = model.SerializeToString()
+    difference = compare(net, content, images)
+    if not difference < LIMITS[precision]:
+        raise UserError(
+            f"results differ from PyTorch's by {difference:.1e}, more than {LIMITS[precision]:.0e}: {output} was not "
+            "written. Please report this with your versions of torch, onnx and onnxruntime."
+        )
+    with atomic_write(output) as file:
+        file.write(content)
+    print(f"{output} differs from PyTorch by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

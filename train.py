@@ -1,172 +1,153 @@
-"""Trains NeRD-Rain by the published recipe.
+"""Trains NeRD-Rain by the published recipe. The same command resumes an interrupted run.
 
     python train.py --dataset Rain200L
     torchrun --standalone --nproc_per_node 4 train.py --dataset Rain200L --batch_size 4
 
-The same command continues an interrupted run. Everything of a run lies in <model_save_dir>/<mode>/models/<session>/:
-model_latest.pth and the one before it, model_previous.pth; model_best.pth; log.jsonl (a line per epoch); runs.jsonl
-(what was started); TensorBoard files.
+Everything of a run lies in <model_save_dir>/<mode>/models/<session>/: model_latest.pth and the one before it,
+model_previous.pth; model_best.pth; log.jsonl (a line per epoch); runs.jsonl (a line per start); TensorBoard files.
 """
 
 import argparse
 import contextlib
+import copy
+import hashlib
+import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 from tqdm import tqdm
 from warmup_scheduler import GradualWarmupScheduler
 
-import model
-from dataset_RGB import (
-    DATASETS,
-    EpochSampler,
-    Photo,
-    TrainingPatches,
-    ValidationPatches,
-    find_pairs,
-    hold_out,
-    how_to_get,
-    quiet_worker,
-)
+import ablations
+from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, quiet_worker
 from evaluations.metrics import psnr
 from losses import DerainLoss
-from utils.checkpoint import build_network, load_network, load_newest, network_name, save_checkpoint
-from utils.devices import (
-    end_processes,
-    equal_over_processes,
-    largest_over_processes,
-    reports_lost_processes,
-    start_processes,
-    sum_over_processes,
-    usable_cores,
-)
-from utils.errors import UserError, counted, reports_errors
-from utils.files import lock
-from utils.images import find_pictures
-from utils.run_log import RunLog, describe, whole_lines
+from model import MULTIPLE
+from utils import devices, files
+from utils.checkpoint import build_network, load_network, load_newest, save_checkpoint
+from utils.files import UserError, counted
+from utils.pairs import DATASETS, Recipe, find_pairs, hold_out
+from utils.pictures import find_pictures
 
-WARMUP_EPOCHS = 3
-MIN_LR = 1e-6
-LOG_STEPS = 100  # steps between two TensorBoard points of the losses
-HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+PUBLISHED = Recipe(0, 0, num_epochs=3000)  # defaults of the options without --dataset
+WARMUP_EPOCHS, MIN_LR = 3, 1e-6
+LOOK_STEPS = 50  # steps on a GPU between two looks at the losses, for which the host waits
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
-OPTIONS = ("dim", "num_blocks", "passes", "inr", "feedback", "own_reduce", "antialias")  # of the network
-TRAIN_DIR = "Datasets/Rain200L/train"
-DATA = ("train_dir", "clean_dir", "clean_half", "hold_out")  # arguments that choose it, which a run keeps to
-VALIDATION = ("val_dir", "patch_size")  # those that decide what it is validated on
-ABLATIONS = {  # of the paper (its tables 4 to 6), and what lies beyond it -> arguments
-    "published": {},
-    **{f"passes_{'_'.join(map(str, passes))}": {"passes": passes} for passes in ((3, 2, 1), (2, 2, 2), (0, 2, 3))},
-    **{f"inr_{kind}": {"inr": kind} for kind in model.INRS if kind != "published"},
-    **{f"feedback_{kind}": {"feedback": kind} for kind in model.FEEDBACKS if kind != "bfpu"},
-    "mprnet": {"model": "nerd_rain_mprnet"},
-    **{name: {name: True} for name in ("own_reduce", "antialias", "no_zero_epoch")},
-    "loss_guard": {"loss_guard": 2.0},
-}
-GUARD_MEMORY = 0.99  # of the running mean of the losses
-PANELS = 4  # validation pictures shown in TensorBoard
-warnings.filterwarnings("ignore", "To get the last learning rate")  # how warmup-scheduler asks for it
+PROGRESS_SECONDS = 60  # between two lines of progress where no terminal shows a bar
+PANELS = 4  # validation pictures in TensorBoard
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
+def number(kind, condition, description):
+    """-> a type for argparse: numbers that meet a condition."""
+
+    def parse(string):
+        value = kind(string)
+        if not condition(value):
+            raise argparse.ArgumentTypeError(f"must be {description}, not {string}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where a string is no number
+    return parse
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name, default=None, help="", **options):
-        if default:
-            help += " (default: %(default)s)"
-            options["type"] = type(default)
-        parser.add_argument(f"--{name}", default=default, help=help, **options)
-
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count = number(int, lambda n: n >= 1, "at least 1")
+    natural = number(int, lambda n: n >= 0, "at least 0")
+    positive = number(float, lambda n: 0 < n < math.inf, "above 0")
+    fraction = number(float, lambda n: 0 < n < 1, "between 0 and 1")
+    even = number(int, lambda n: n > 0 and n % 2 == 0, "a multiple of 2")
+    patch = number(int, lambda n: n > 0 and n % MULTIPLE == 0, f"a multiple of {MULTIPLE}")
     presets = [name for name, recipe in DATASETS.items() if recipe.num_epochs]
-    add("dataset", choices=presets, help="preset of folders, session, network and recipe for one data set")
-    add("train_dir", help=f"folder of input/ and target/, or see --clean_half (default: {TRAIN_DIR}, if no clean_dir)")
-    add("val_dir", "Datasets/Rain200L/test", "the same for validation, which chooses model_best.pth")
-    add("clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, beside the pairs of train_dir")
-    add("clean_repeats", 1, "how often each of them comes in an epoch, with another rain each time", metavar="N")
-    add("hold_out", type=float, metavar="FRACTION", help="validate on this part of the training scenes, not on val_dir")
-    add("clean_half", choices=("left", "right"), help="pictures hold rainy and clean side by side; this half is clean")
-    add("model", choices=model.NETWORK_NAMES, help="default: that of the weights it starts from, or nerd_rain")
-    names = ", ".join(ABLATIONS)
-    add("ablation", choices=ABLATIONS, help=f"preset of session and of the options after it: {names}", metavar="NAME")
-    add("dim", type=int, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")
-    add("num_blocks", nargs=3, type=int, metavar="N", help="its blocks at level 1, 2 and the latent (default: 2 3 3)")
-    add("passes", nargs=3, type=int, metavar="N", help="over the images at 1/4, 1/2 and full size (default: 1 2 3)")
-    add("inr", choices=model.INRS, help="implicit neural representation (default: published)")
-    add("feedback", choices=model.FEEDBACKS, help="from finer to coarser scales (default: bfpu)")
-    add("own_reduce", False, "pass 3 has a layer of its own that is pass 2's as published", action="store_true")
-    add("antialias", False, "reduces the input by means instead of leaving pixels out", action="store_true")
-    add("no_zero_epoch", False, "leaves away the warm-up's first epoch, which has rate 0", action="store_true")
-    add("loss_guard", type=float, metavar="N", help="weaken batches whose loss is above N times its running mean")
-    add("pretrain_weights", help="checkpoint whose weights, averaged ones if it has them, training starts from")
-    add("model_save_dir", "checkpoints", "where checkpoints go")
-    add("mode", "Deraininig", "part of the checkpoints' path, spelt as in the published code")
-    add("session", "Multiscale", "name of this run, part of the checkpoints' path")
-    add("num_epochs", 3000, "epochs of the whole run")
-    add("batch_size", 1, "pictures per batch, over all processes together")
-    add("patch_size", 256, "side of the square training patches, a multiple of 16")
-    add("val_epochs", 1, "epochs between two validations")
-    add("lr", 1e-4, "learning rate after the warm-up")
-    add("seed", 1234, "of the initial weights, the order and the augmentation")
-    add("num_workers", min(4, usable_cores()), "data-loading processes, each for training and for validation")
-    add("bf16", False, "bfloat16 autocast", action="store_true")
-    add("compile", False, "torch.compile", action="store_true")
-    add("save_memory", False, "compute activations again instead of keeping them: slower", action="store_true")
-    add("accumulate", 1, "batches per optimizer step", metavar="N")
-    add("clip_grad", type=float, metavar="NORM", help="largest norm of the gradient")
-    add("ema", type=float, metavar="DECAY", help="also average the weights, e.g. 0.999; validated and tested instead")
-    known = parser.parse_known_args(argv)[0]
-    preset = known.dataset
-    if preset:
-        recipe, folder = DATASETS[preset], Path("Datasets", preset)
-        parser.set_defaults(train_dir=str(folder / "train"), val_dir=str(folder / "test"), session=preset)
-        for name in ("num_epochs", "patch_size", "batch_size", "lr", "clip_grad", "ema"):
-            parser.set_defaults(**{name: getattr(recipe, name)})
-    if known.ablation:
-        parser.set_defaults(session=f"ablation/{known.ablation}/{known.seed}", **ABLATIONS[known.ablation])
+    changes = [*ablations.ABLATIONS, "mprnet", "no_zero_epoch"]
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=presets, help="preset of folders, session, network and recipe for one data set")
+    add("--train_dir", metavar="DIR", help="folder with input/ and target/ (default: Datasets/<dataset>/train)")
+    add("--val_dir", metavar="DIR", help="the same for validation, which chooses model_best.pth (default: …/test)")
+    add("--hold_out", type=fraction, metavar="FRACTION", help="validate on this part of the training scenes instead")
+    add("--clean_half", choices=("left", "right"), help="in folders of side-by-side pictures, the half that is clean")
+    add("--clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, along with --train_dir")
+    add("--clean_repeats", type=count, default=1, metavar="N", help="how often each comes in an epoch (default: 1)")
+    add(
+        "--num_workers",
+        type=natural,
+        default=min(4, devices.usable_cores()),
+        metavar="N",
+        help="data-loading processes",
+    )
+
+    add = parser.add_argument_group("network").add_argument
+    add("--model", choices=ablations.NETWORKS, help="default: the preset's, or that of the weights it starts from")
+    add("--ablation", choices=changes, metavar="NAME", help=f"a change of network or recipe: {', '.join(changes)}")
+    add("--dim", type=even, metavar="N", help="width of the network (default: 48; NeRD-Rain-S 32)")
+    add("--num_blocks", type=count, nargs=3, metavar="N", help="blocks at level 1, 2 and the latent (default: 2 3 3)")
+    add("--pretrain_weights", metavar="FILE", help="checkpoint to start from, with its averaged weights if it has them")
+
+    add = parser.add_argument_group("recipe (defaults: the preset's, or the published ones)").add_argument
+    add("--num_epochs", type=count, metavar="N", help="epochs of the whole run (published: 3000)")
+    add("--batch_size", type=count, metavar="N", help="pictures per batch, over all processes together (1)")
+    add("--patch_size", type=patch, metavar="N", help="side of the square training patches (256)")
+    add("--lr", type=positive, help="learning rate after the warm-up (1e-4)")
+    add("--no_zero_epoch", action="store_true", help="leave out the warm-up's first epoch, which has rate 0")
+    add("--accumulate", type=count, default=1, metavar="N", help="batches per optimizer step (1)")
+    add("--clip_grad", type=positive, metavar="NORM", help="largest norm of the gradient")
+    add("--ema", type=fraction, metavar="DECAY", help="average the weights, too, e.g. 0.999; the average is validated")
+    add("--seed", type=natural, default=1234, help="of initial weights, order and augmentation (default: 1234)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--model_save_dir", default="checkpoints", metavar="DIR", help="where runs are kept (default: checkpoints)")
+    add("--mode", default="Deraininig", help="part of the path, spelt as published (default: Deraininig)")
+    add("--session", help="name of the run (default: the data set's, ablation/NAME/SEED, or Multiscale)")
+    add("--val_epochs", type=count, default=1, metavar="N", help="epochs between two validations (default: 1)")
+    add("--save_epochs", type=count, metavar="N", help="keep model_epoch_<number>.pth every N epochs")
+
+    group = parser.add_argument_group("speed and memory")
+    add = group.add_argument
+    devices.add_gpus(group)
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
+    add("--save_memory", action="store_true", help="recompute activations in the backward pass: slower")
     args = parser.parse_args(argv)
-    if not args.train_dir and not args.clean_dir:
-        args.train_dir = TRAIN_DIR
-    for name in ("num_epochs", "batch_size", "patch_size", "val_epochs", "accumulate", "clean_repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.patch_size % model.MULTIPLE:
-        parser.error(f"--patch_size must be a multiple of {model.MULTIPLE}")
-    for name in ("hold_out", "ema"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
-            parser.error(f"--{name} must lie between 0 and 1")
-    for name in ("lr", "clip_grad", "loss_guard"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} must be above 0")
-    if args.dim is not None and (args.dim < 2 or args.dim % 2):
-        parser.error("--dim must be a multiple of 2")
-    if args.num_blocks and min(args.num_blocks) < 1:
-        parser.error("--num_blocks must be at least 1 each")
-    if args.passes and (args.passes[0] < 0 or min(args.passes[1:]) < 1):
-        parser.error("--passes must be at least 1 each, but for the first, which may be 0")
-    for name in ("seed", "num_workers"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must be at least 0")
+
+    own_data = args.train_dir or (args.clean_dir and not args.dataset)
+    if own_data and not args.val_dir and not args.hold_out:
+        parser.error("give --val_dir DIR to validate on, or --hold_out 0.05 to validate on a part of --train_dir")
+    folder, recipe = Path("Datasets", args.dataset or "Rain200L"), DATASETS.get(args.dataset, PUBLISHED)
+    if not own_data:
+        args.train_dir = str(folder / "train")
+    if args.ablation == "mprnet":
+        args.model = args.model or "NeRD-Rain-MPRNet"
+    args.no_zero_epoch |= args.ablation == "no_zero_epoch"
+    session = f"ablation/{args.ablation}/{args.seed}" if args.ablation else args.dataset or "Multiscale"
+    defaults = {"val_dir": str(folder / "test"), "session": session}
+    for name in ("num_epochs", "batch_size", "patch_size", "lr", "clip_grad", "ema"):
+        defaults[name] = getattr(recipe, name)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
 def find_data(args):
-    """-> what to train on, pairs and photographs; validation pairs."""
-    preset = args.dataset and Path("Datasets", args.dataset, "train")
-    if preset and Path(args.train_dir) == preset and not preset.is_dir():
-        raise UserError(
-            f"{args.train_dir} does not exist: {how_to_get(args.dataset)} To try training without a download: "
-            "bash train.sh demo"
-        )
+    """-> list of pairs and photographs to train on, list of validation pairs."""
     pairs = find_pairs(args.train_dir, args.clean_half) if args.train_dir else []
     photos = [Photo(path) for path in find_pictures(args.clean_dir)[0]] if args.clean_dir else []
     if args.hold_out:
@@ -176,75 +157,65 @@ def find_data(args):
     return pairs + args.clean_repeats * photos, validation
 
 
-def changed_arguments(arguments, record):
-    """-> dict of arguments that differ from those of the last start in runs.jsonl -> what they were. Raises UserError
-    if that is the data."""
-    last = whole_lines(record)[-1:]
-    before = last[0].get("arguments", {}) if last else {}
-    changed = {name: before[name] for name, value in arguments.items() if name in before and before[name] != value}
-    for name in (*DATA, "seed") if arguments.get("hold_out") else DATA:  # the seed chooses what is held out
-        if name in changed and not same_path(arguments[name], changed[name]):
-            raise UserError(
-                f"{record.parent} was trained with --{name} {changed[name]}, not {arguments[name]}: choose another "
-                f"--session. If that is the same data in another place, remove {record}."
-            )
-    return changed
-
-
-def same_path(first, second):
-    return isinstance(first, str) and isinstance(second, str) and os.path.abspath(first) == os.path.abspath(second)
+def digest(args, pairs):
+    """-> a digest of the names of all training pictures below their folder, and of the sizes of the first files."""
+    train_dir, clean_dir = (str(Path(folder or "")) for folder in (args.train_dir, args.clean_dir))
+    names = [str(pair.input).removeprefix(clean_dir if isinstance(pair, Photo) else train_dir) for pair in pairs]
+    sizes = [os.path.getsize(pair.input) for pair in pairs[:100]]
+    return hashlib.sha256(ascii([names, sizes]).encode()).hexdigest()
 
 
 def make_network(args, path, checkpoint):
     """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
     source = path if checkpoint else args.pretrain_weights
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name)}
-    build = getattr(model, args.model or (DATASETS[args.dataset].model if args.dataset else "nerd_rain"))
+    changes = {"dim": args.dim, "num_blocks": args.num_blocks, **ablations.ABLATIONS.get(args.ablation, {})}
+    changes = {name: value for name, value in changes.items() if value is not None}
     if not source:
-        return build(**options)
+        preset = DATASETS[args.dataset].model if args.dataset else "NeRD-Rain"
+        return ablations.build(**{**ablations.NETWORKS[args.model or preset], **changes})
     net = build_network({**checkpoint, "ema": None}, source) if checkpoint else load_network(source)
     with torch.device("meta"):
-        wanted = build(**options) if args.model else model.MultiscaleNet(**{**net.options, **options})
+        wanted = ablations.build(**{**(ablations.NETWORKS[args.model] if args.model else net.options), **changes})
     if net.options != wanted.options:
-        raise UserError(
-            f"{source} holds {network_name(net)}, but {network_name(wanted)} was asked for: change that or --session."
-        )
+        found, asked = ablations.network_name(net), ablations.network_name(wanted)
+        raise UserError(f"{source} holds {found}, but {asked} was asked for: change that or --session.")
     return net
 
 
-def make_schedule(optimizer, num_epochs, epochs_done, no_zero_epoch=False):
-    """Linear warm-up, then a cosine down to MIN_LR, stepped once after each epoch. As published, the first epoch runs
-    at rate 0, and the cosine is divided by its second value: the rate is --lr in epochs 4 and 6, above it in epoch 5.
-    `no_zero_epoch` leaves the epoch at rate 0 away.
+def learning_rates(num_epochs, lr, no_zero_epoch=False):
+    """-> list of the learning rates of all epochs: a linear warm-up, then a cosine down to MIN_LR.
 
-    The published code gets this from CosineAnnealingLR, whose rates differ between PyTorch releases.
+    As published, the first epoch runs at rate 0, and the cosine is divided by its second value: the rate is `lr` in
+    epochs 4 and 6, above it in epoch 5. `no_zero_epoch` leaves the first epoch out. The published code uses
+    CosineAnnealingLR, whose rates differ between PyTorch releases.
     """
-    half_period, low = max(2, num_epochs + no_zero_epoch - WARMUP_EPOCHS), MIN_LR / optimizer.defaults["lr"]
+    half_period, low = max(2, num_epochs + no_zero_epoch - WARMUP_EPOCHS), MIN_LR / lr
 
     def cosine(epoch):
         return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
 
+    rates, optimizer = [], torch.optim.SGD([torch.zeros(1)], lr)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # steps without an optimizer step in between: those were taken before
+        warnings.simplefilter("ignore")  # the package asks for rates between steps
         after = LambdaLR(optimizer, cosine)
         schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=after)
-        for _ in range(epochs_done + no_zero_epoch):
+        for _ in range(num_epochs + no_zero_epoch):
+            rates.append(optimizer.param_groups[0]["lr"])
             schedule.step()
-    return schedule
+    return rates[int(no_zero_epoch) :]
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM and a terminal that is closed ask the run to save and end; one more, seconds later, ends it at
-    once."""
+    """Ctrl-C, SIGTERM and a closed terminal ask a run to save and end; a second one, seconds later, ends it at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal = 0  # number of the first one
         for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
-            if number and (number != HANGUP or signal.getsignal(number) != signal.SIG_IGN):  # as nohup wants it
+            if number and (number != HANGUP or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
                 signal.signal(number, self.ask)
 
     def ask(self, number, _):
-        if number == HANGUP:  # there is nothing left to print to: errors would keep it from saving
+        if number == HANGUP:  # there is nothing left to print to: errors would keep the run from saving
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.signal:
@@ -259,305 +230,358 @@ class Trainer:
 
     def __init__(self, args):
         self.args = args
-        self.device, self.rank, self.world = start_processes()
+        self.device, self.rank, self.world = devices.start_processes(args.gpus)
+        self.look_steps = LOOK_STEPS if self.device.type == "cuda" else 1
         if args.batch_size < self.world:
             raise UserError(
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
-        self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
-        self.latest, self.previous, self.best = (
-            self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")
-        )
+        if self.device.type == "cpu" and self.rank == 0:
+            print("".join(f"{warning}\n" for warning in devices.cpu_warnings()), end="", flush=True)
         torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True  # on a GPU: all patches have one size, whose fastest kernels it finds out
+        torch.backends.cudnn.benchmark = True  # all patches have one size
 
-        train_pairs, val_pairs = find_data(args)
-        self.train_set = TrainingPatches(train_pairs, args.patch_size, args.seed)
+        pairs, val_pairs = find_data(args)
+        self.digest = digest(args, pairs)
+        self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
-        self.sampler = EpochSampler(len(self.train_set), args.batch_size, args.seed, self.rank, self.world)
+        self.val_set[0]  # what is wrong with it appears now, not after an epoch
+        self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
         self.steps_per_epoch = len(self.sampler)
         self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
-        self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(self.val_set), self.world)))
+        self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(val_pairs), self.world)))
 
-        # A run that is just ending saves once more: what there is, is read under the lock.
-        self.lock = self.lock_folder() if self.rank == 0 and self.folder.exists() else None
+        self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
+        names = [self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")]
+        self.latest, self.previous, self.best = names
+        self.lock = files.lock(self.folder / "lock") if self.rank == 0 else None  # held as long as the file is open
+        if self.rank == 0 and not self.lock:
+            raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
         source, checkpoint, problems = load_newest(self.latest, self.previous)
         self.net = make_network(args, source, checkpoint).to(self.device, memory_format=torch.channels_last)
-        self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+        self.ema = copy.deepcopy(self.net).requires_grad_(False) if args.ema else None
         self.loss = DerainLoss().to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
+        self.rates = learning_rates(args.num_epochs, args.lr, args.no_zero_epoch)
         self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
-        self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of their losses
-        self.usual_loss = None  # running mean, for --loss_guard
+        self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of the epoch's losses
+        self.unseen, self.shown = [], ""  # steps since the last look; the loss that it saw
+        self.next_line = time.monotonic() + PROGRESS_SECONDS
         self.best_psnr, self.best_epoch = -math.inf, 0
-        self.schedule = make_schedule(self.optimizer, args.num_epochs, checkpoint.get("epoch", 0), args.no_zero_epoch)
         if checkpoint:
             self.restore(checkpoint, source)
-        if not equal_over_processes(self.steps_done(), self.device):
+        if not devices.equal_over_processes(self.steps_done(), self.device):
             raise UserError(f"the processes found different checkpoints: all machines must share {self.folder}.")
 
         if args.save_memory:
-            model.checkpoint_activations(self.net)
-        parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
-        self.without_sync = parallel.no_sync if self.world > 1 else contextlib.nullcontext
-        self.forward = torch.compile(parallel) if args.compile else parallel
-        self.log = self.take_folder(source, problems) if self.rank == 0 else None
+            ablations.checkpoint_activations(self.net)
+        self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
+        self.without_sync = self.parallel.no_sync if self.world > 1 else contextlib.nullcontext
+        self.forward = self.parallel
+        if args.compile:
+            self.compile()
+        self.board = self.begin(source, problems) if self.rank == 0 else None
         self.interruption = Interruption()  # before this there is nothing to save
 
     def make_loader(self, dataset, **options):
-        workers = self.args.num_workers
-        return DataLoader(
-            dataset,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator(),  # or each start would move on the random state, which a resume restores
-            **options,
-        )
+        options |= {"num_workers": self.args.num_workers, "persistent_workers": self.args.num_workers > 0}
+        options |= {"pin_memory": self.device.type == "cuda", "worker_init_fn": quiet_worker}
+        # With the default generator each start would advance the random state, which a resumed run restores.
+        return DataLoader(dataset, generator=torch.Generator(), **options)
 
-    def lock_folder(self):
-        """Keeps other runs out of the folder as long as the file lives that this returns."""
-        file = lock(self.folder / "lock")
-        if not file:
-            raise UserError(f"another run trains in {self.folder}: stop it, or choose another --session.")
-        return file
+    def restore(self, checkpoint, source):
+        """Restores what a checkpoint holds; a published one has only epoch, weights and optimizer."""
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            raise UserError(f"{source} holds weights only: move it away and name it with --pretrain_weights.")
+        if checkpoint.get("digest", self.digest) != self.digest:
+            raise UserError(
+                f"{self.folder} was trained on other pictures than there are now in --train_dir and --clean_dir: "
+                "restore them, or choose another --session."
+            )
+        self.epoch = checkpoint["epoch"]
+        self.step = min(checkpoint.get("pictures", 0) // self.args.batch_size, self.steps_per_epoch)
+        self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
+        if self.step:
+            self.sums = checkpoint["sums"].to(self.device) / self.world
+        state = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}  # with this run's settings
+        self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # published ones are contiguous; fused Adam needs equal strides
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        if self.ema:
+            self.ema.load_state_dict(checkpoint.get("ema", checkpoint["state_dict"]))
+        if "random_state" in checkpoint:
+            torch.set_rng_state(checkpoint["random_state"])
 
-    def take_folder(self, source, problems):
-        """Keeps other runs out of the folder, makes the checkpoint that could be read its latest, and says what begins
-        -> RunLog."""
-        self.lock = self.lock or self.lock_folder()
+    def compile(self):
+        """Compiles the network for this run's batches, or says why that fails, which a trial step finds out."""
+        if self.rank == 0:
+            print("compiling takes minutes …", flush=True)
+        side, count = self.args.patch_size, self.sampler.share(0)[0]
+        patches = torch.zeros(count, 3, side, side, device=self.device).to(memory_format=torch.channels_last)
+        self.forward = torch.compile(self.parallel, dynamic=False)
+        try:
+            with torch.random.fork_rng(devices=[]), self.without_sync():
+                self.losses(patches, patches)["total"].backward()
+        except Exception as error:  # compilers raise all kinds
+            if files.out_of_memory(error):
+                raise
+            print(f"--compile does not work here ({str(error).strip().splitlines()[0]}): training goes on without it")
+            self.forward = self.parallel
+        self.optimizer.zero_grad()
+
+    def begin(self, source, problems):
+        """Makes the checkpoint that could be read the latest, drops what was logged after it, and says and records what
+        begins -> TensorBoard's writer."""
+        args, runs, log = vars(self.args), self.folder / "runs.jsonl", self.folder / "log.jsonl"
         if source == self.previous:
-            reasons = problems or [f"{self.latest} is not there."]
-            print("warning:", *reasons, f"Going on from {self.previous}.")
-            if self.latest.exists():  # perhaps it could not be read today only: it is kept
+            print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {self.previous}.")
+            if self.latest.exists():  # another day it may be readable
                 os.replace(self.latest, self.folder / "model_damaged.pth")
             os.replace(self.previous, self.latest)  # before a broken file takes its place
-        description = describe(vars(self.args), self.device, self.world)
+        device = f"CPU with {counted(torch.get_num_threads(), 'thread')}"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
         print(
-            f"{network_name(self.net)} on {description['device']}, "
-            f"{self.world} process{'es' * (self.world > 1)}: {len(self.train_set)} training and "
-            f"{len(self.val_set)} validation pairs, {counted(self.args.num_epochs, 'epoch')} -> {self.folder}"
+            f"{ablations.network_name(self.net)} on {device}, {self.world} process{'es' * (self.world > 1)}: "
+            f"{counted(len(self.train_set), 'training pair')}, {counted(len(self.val_set), 'validation pair')}, "
+            f"{counted(self.args.num_epochs, 'epoch')} -> {self.folder}"
         )
         if source:
-            print(f"continues after epoch {self.epoch} and {self.step} of {self.steps_per_epoch} steps")
-            arguments = vars(self.args)
-            if changes := changed_arguments(arguments, self.folder / "runs.jsonl"):
-                described = (f"--{name} {arguments[name]} (was {value})" for name, value in changes.items())
-                print(f"changed since the last start: {', '.join(described)}")
-            if changes.keys() & VALIDATION:
+            print(f"resumes after epoch {self.epoch} and {self.step} of {counted(self.steps_per_epoch, 'step')}")
+            last = (files.read_json_lines(runs) or [{}])[-1].get("arguments", {})
+            changes = [name for name in args if name in last and args[name] != last[name]]
+            for name in changes:
+                print(f"changed since the last start: --{name} {args[name]} (was {last[name]})")
+            if {"val_dir", "hold_out", "patch_size"} & set(changes):
                 print(f"its PSNR is another one now: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
                 self.best_psnr, self.best_epoch = -math.inf, 0
-        return RunLog(self.folder, description, self.epoch, self.steps_done())
+        for path, epochs in ((runs, math.inf), (log, self.epoch)):  # lines that a power cut tore go, too
+            lines = [line for line in files.read_json_lines(path) if line.get("epoch", 0) <= epochs]
+            files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+        run = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "arguments": args, **files.software()}
+        files.append_json(runs, run | {"cuda": torch.version.cuda, "device": device, "processes": self.world})
+        return SummaryWriter(self.folder, purge_step=self.steps_done())
 
     def steps_done(self):
         return self.epoch * self.steps_per_epoch + self.step
 
-    def restore(self, checkpoint, source):
-        """Takes up everything that a checkpoint holds; a published one lacks what is read with a default."""
-        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            raise UserError(f"{source} holds weights only: move it away and name it with --pretrain_weights.")
-        self.epoch, self.step = checkpoint["epoch"], checkpoint.get("pictures", 0) // self.args.batch_size
-        self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
-        self.usual_loss = checkpoint.get("usual_loss")
-        if self.step:
-            self.sums = checkpoint["sums"].to(self.device) / self.world
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{source} holds no optimizer state of this network ({error}): move it away.") from error
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate  # the schedule's, in case --num_epochs or --lr was changed
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint.get("ema", checkpoint["state_dict"]))
-            self.ema.n_averaged.fill_(1)
-        if "random_state" in checkpoint:
-            torch.set_rng_state(checkpoint["random_state"])
-
-    def save(self, *paths):
-        self.stop_if_diverged(all(parameter.isfinite().all() for parameter in self.net.parameters()))
-        sums = sum_over_processes(self.sums)
-        for path in paths if self.rank == 0 else ():
-            save_checkpoint(
-                path,
-                previous=self.previous if path == self.latest else None,
-                epoch=self.epoch,
-                pictures=self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
-                state_dict=self.net.state_dict(),
-                options=self.net.options,
-                optimizer=self.optimizer.state_dict(),
-                best_psnr=self.best_psnr,
-                best_epoch=self.best_epoch,
-                sums=sums,
-                usual_loss=self.usual_loss,
-                random_state=torch.get_rng_state(),
-                **({"ema": self.ema.module.state_dict()} if self.ema else {}),
-            )
-
     def run(self):
-        if self.epoch >= self.args.num_epochs and self.rank == 0:
-            print(f"nothing is left to do of {counted(self.args.num_epochs, 'epoch')}: --num_epochs says how many.")
-        while self.epoch < self.args.num_epochs:
+        args = self.args
+        if self.epoch >= args.num_epochs and self.rank == 0:
+            print(f"all {args.num_epochs} epochs are done; raise --num_epochs to continue.")
+        while self.epoch < args.num_epochs:
             line = self.train_epoch()
-            if line["epoch"] % self.args.val_epochs == 0 or line["epoch"] == self.args.num_epochs:
+            if line["epoch"] % args.val_epochs == 0 or line["epoch"] == args.num_epochs:
                 try:
                     line["val_psnr"] = self.validate()
                 except UserError:  # a broken picture, which must not cost the epoch
                     if self.world == 1:
                         self.save(self.latest)
                     raise
-                self.stop_if_diverged(not math.isnan(line["val_psnr"]))
             self.finish_epoch(line)
         if self.rank == 0:
             print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
 
     def train_epoch(self):
         """Trains to the end of the epoch -> its line for the log."""
-        args, start, total = self.args, time.time(), len(self.train_set)
-        first, first_step = min(self.step * args.batch_size, total), self.step
+        args, total, start = self.args, len(self.train_set), time.monotonic()
+        first = min(self.step * args.batch_size, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[self.epoch]
         self.net.train()
         self.sampler.epoch, self.sampler.skip = self.epoch, self.step
-        recent = torch.zeros_like(self.sums)
-        bar = tqdm(
-            desc=f"epoch {self.epoch + 1}/{args.num_epochs}",
-            total=total,
-            initial=first,
-            unit="picture",
-            disable=None if self.rank == 0 else True,
-        )
-        with bar:
+        with self.progress_bar(first) as bar:
             for batch in self.train_loader:
-                own, together = self.sampler.share(self.step)
-                self.step += 1
-                values = self.train_step(batch, weight=own * self.world / together)
-                self.sums += values * own
-                recent += values
-                bar.update(together)
-                bar.set_postfix(loss=f"{values[-1]:.4f}", refresh=False)
-                if self.log and self.step % LOG_STEPS == 0:
-                    means = recent / min(LOG_STEPS, self.step - first_step)
-                    self.log.losses(dict(zip(self.loss.terms, means.tolist())), self.steps_done())
-                    recent.zero_()
-                if self.step % args.accumulate == 0 or self.step == self.steps_per_epoch:
+                updated = self.train_step(batch)
+                self.show_progress(bar)
+                stopping = self.world == 1 and self.interruption.signal
+                if updated and (stopping or len(self.unseen) >= self.look_steps):
+                    self.look()
                     self.end_if_asked()
-                    if self.step % (SAVE_STEPS * args.accumulate) == 0:
-                        self.save(self.latest)
-        seconds = time.time() - start
-        means = sum_over_processes(self.sums) / total
-        return {
-            "epoch": self.epoch + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **dict(zip(self.loss.terms, means.tolist())),
-            "pictures_per_second": round((total - first) / seconds, 2),
-            "seconds": round(seconds, 1),
-        }
+                if updated and self.step % (SAVE_STEPS * args.accumulate) == 0:
+                    self.save(self.latest)
+        self.look()
+        means, seconds = devices.sum_over_processes(self.sums) / total, time.monotonic() - start
+        line = {"epoch": self.epoch + 1, "lr": self.rates[self.epoch], **dict(zip(self.loss.terms, means.tolist()))}
+        if first < total:
+            line["pictures_per_second"] = round((total - first) / seconds, 2)
+        return line | {"seconds": round(seconds, 1)}
 
-    def train_step(self, batch, weight):
-        """Adds a batch's gradients and, where a group of --accumulate batches is full, takes an optimizer step
-        -> the loss terms, float64.
-
-        The processes' gradients are averaged, so `weight` is 1 where all have equally many pictures.
-        """
+    def train_step(self, batch):
+        """Adds a batch's gradients and, after a group of --accumulate batches, takes an optimizer step -> whether it
+        did. The host does not wait for the device here: `look` does."""
         args = self.args
-        done = (self.step - 1) // args.accumulate * args.accumulate  # batches before this group
-        group = min(args.accumulate, self.steps_per_epoch - done)
-        update = self.step == done + group
-        rainy = batch["input"].to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        clean = batch["target"].to(self.device, non_blocking=True)
+        begin = self.step // args.accumulate * args.accumulate
+        group = min(args.accumulate, self.steps_per_epoch - begin)
+        share, together = self.sampler.share(self.step)
+        self.step += 1
+        update = self.step == begin + group
+        rainy, clean = (self.to_device(batch[name]) for name in ("input", "target"))
         with contextlib.nullcontext() if update else self.without_sync():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                outputs = self.forward(rainy)
-            losses = self.loss(outputs, clean)
-            values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
-            self.stop_if_not_finite(values, batch["name"])
-            if args.loss_guard:
-                weight = weight * self.guard(sum_over_processes(values[-1] * weight).item() / self.world)
+            losses = self.losses(rainy, clean)
+            weight = share * self.world / together  # DDP averages over processes, which may have fewer pictures
             (losses["total"] * weight / group).backward()
+        values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
+        self.sums += values * share
+        norm = values.new_zeros(())  # of the gradient
         if update:
-            if args.clip_grad:
-                torch.nn.utils.clip_grad_norm_(self.net.parameters(), args.clip_grad)
+            norm = clip_grad_norm_(self.net.parameters(), args.clip_grad or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:
-                self.ema.update_parameters(self.net)
-        return values
+                average = get_ema_multi_avg_fn(args.ema)
+                average(list(self.ema.parameters()), list(self.net.parameters()), None)
+        self.unseen.append((self.step, batch["name"], torch.cat([values, norm.double()[None]])))
+        return update
 
-    def guard(self, loss):
-        """-> the weight of a batch with this loss, below 1 where that is far above the usual."""
-        limit = self.args.loss_guard * self.usual_loss if self.usual_loss else loss
-        loss, weight = min(loss, limit), min(1, limit / loss)
-        self.usual_loss = loss + GUARD_MEMORY * ((self.usual_loss or loss) - loss)
-        return weight
+    def to_device(self, patches):
+        """B×3×P×P uint8 -> float32 in [0, 1] on the device."""
+        patches = patches.to(self.device, non_blocking=True)
+        return patches.to(torch.float32, memory_format=torch.channels_last) / 255
 
-    def stop_if_diverged(self, finite):
-        if not finite:
-            raise UserError(
-                f"the weights or their results are no longer finite in epoch {self.epoch + 1}; {self.latest} was left "
-                "as it was. Go on with --clip_grad 1 or a lower --lr."
-            )
+    def losses(self, rainy, clean):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            outputs = self.forward(rainy)
+        return self.loss(outputs, clean)
 
-    def stop_if_not_finite(self, values, names):
-        finite = bool(values.isfinite().all())
-        if largest_over_processes(not finite, self.device):
-            pictures = "".join(f"\n  {name}" for name in names) if not finite else " of another process"
-            raise UserError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}, step {self.step}; {self.latest} was left as "
-                f"it was. Look at the pictures of this batch, or go on with --clip_grad 1 or a lower --lr:{pictures}"
-            )
+    @torch.no_grad()
+    def look(self):
+        """Raises UserError if a loss or gradient since the last look, or a weight, is not finite. This and saving are
+        the only places in training where the host waits for the device."""
+        weights = get_total_norm(list(self.net.parameters())).double().expand(len(self.loss.terms) + 1)
+        rows = torch.stack([*(row for _, _, row in self.unseen), weights]).cpu()
+        finite = rows.isfinite().all(dim=1).tolist()
+        if devices.largest_over_processes(not all(finite), self.device):
+            steps = [(step, names) for (step, names, _), good in zip(self.unseen, finite) if not good]
+            raise self.diverged(*(steps[0] if steps else (self.step, [])))
+        if self.unseen:
+            means = dict(zip(self.loss.terms, rows[:-1].mean(dim=0).tolist()))
+            self.unseen, self.shown = [], f"loss {means['total']:.4f}, "
+            self.to_board("loss", means)
+
+    def diverged(self, step, names):
+        return UserError(
+            f"the loss, its gradient or the weights are no longer finite in epoch {self.epoch + 1}, step {step}; "
+            f"{self.latest} was left as it was. Resume with --clip_grad 1 or a lower --lr, or look at the pictures of "
+            f"that step:{files.listed(names)}"
+        )
+
+    def to_board(self, group, values):
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, self.steps_done())
+
+    def progress_bar(self, first):
+        """The bar of an epoch of which `first` pictures were used before. Off a terminal show_progress prints it."""
+        return tqdm(
+            desc=f"epoch {self.epoch + 1}/{self.args.num_epochs}",
+            total=len(self.train_set),
+            initial=first,
+            unit=" pictures",
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
+            file=sys.stderr if sys.stderr.isatty() else open(os.devnull, "w"),
+            disable=self.rank > 0,
+        )
+
+    def show_progress(self, bar):
+        """Moves the bar on a terminal; elsewhere prints it every minute. The loss is that of the last look."""
+        if bar.disable:
+            return
+        done = min(self.step * self.args.batch_size, bar.total)
+        left = (self.args.num_epochs - self.epoch) * bar.total - done  # in the whole run
+        left = tqdm.format_interval(left * bar.format_dict["elapsed"] / (done - bar.initial))
+        step = f"step {self.step}/{self.steps_per_epoch}"
+        bar.set_postfix_str(f"{step}, {self.shown}lr {self.rates[self.epoch]:.3g}, run {left} left", refresh=False)
+        bar.update(done - bar.n)
+        if bar.fp is not sys.stderr and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + PROGRESS_SECONDS
+            print(bar, flush=True)
 
     def end_if_asked(self):
-        """Saves and ends the process after Ctrl-C or SIGTERM."""
-        number = int(largest_over_processes(self.interruption.signal, self.device))
+        """Saves and ends the process after Ctrl-C, SIGTERM or SIGHUP to any process of the run."""
+        number = int(devices.largest_over_processes(self.interruption.signal, self.device))
         if number:
             self.save(self.latest)
-            end_processes()
+            devices.end_processes()
             if self.rank == 0:
-                print(f"\nstopped; all is saved in {self.latest}. The same command goes on from here.")
+                print(f"\nstopped; all is saved in {self.latest}. The same command resumes.")
             sys.exit(128 + number)
 
     @torch.inference_mode()
     def validate(self):
         """-> mean RGB PSNR in dB of the full-size results, clamped to [0, 1], over all validation patches."""
-        net = self.ema.module if self.ema else self.net
-        net.eval()
-        total, panels = 0.0, []
+        net = (self.ema or self.net).eval()
+        errors, panels = [], []
         for batch in self.val_loader:
             if self.interruption.signal:
                 break
-            rainy = batch["input"].to(self.device, memory_format=torch.channels_last)
+            rainy, clean = (self.to_device(batch[name]) for name in ("input", "target"))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-                result = net(rainy)[0]
-            result = result.float().clamp(0, 1).cpu()
-            total += psnr(((result - batch["target"]) ** 2).mean().item(), peak=1)
-            if len(panels) < PANELS:
-                panels.append([batch["input"][0], result[0], batch["target"][0]])
+                result = net(rainy)[0].float().clamp(0, 1)
+            errors.append((result - clean).square().mean())
+            if len(errors) <= PANELS:
+                panels += [rainy[0], result[0], clean[0]]
         self.end_if_asked()
-        if self.log:
-            self.log.panels(panels, self.steps_done())
-        total = torch.tensor(total, dtype=torch.float64, device=self.device)
-        return sum_over_processes(total).item() / len(self.val_set)
+        if self.board:
+            self.board.add_image("rainy, derained, clean", make_grid(panels, nrow=3), self.steps_done())
+        values = [psnr(error.item(), peak=1) for error in errors]
+        total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
+        mean = devices.sum_over_processes(total).item() / len(self.val_set)
+        if math.isnan(mean):
+            raise self.diverged(self.step, [])
+        return mean
 
     def finish_epoch(self, line):
         """Logs an epoch, saves, and ends if that was asked for."""
-        self.schedule.step()
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
-        improved = line.get("val_psnr", -math.inf) > self.best_psnr
-        if improved:
+        paths = [self.latest]
+        if line.get("val_psnr", -math.inf) > self.best_psnr:
             self.best_psnr, self.best_epoch = line["val_psnr"], self.epoch
-        if self.log:
-            self.log.epoch(line, self.steps_done())
-            print(", ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
-        self.save(*([self.best, self.latest] if improved else [self.latest]))
+            paths.insert(0, self.best)
+        if self.args.save_epochs and self.epoch % self.args.save_epochs == 0:
+            paths.insert(0, self.folder / f"model_epoch_{self.epoch}.pth")
+        if self.rank == 0:
+            files.append_json(self.folder / "log.jsonl", line)
+            text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
+            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}", flush=True)
+        self.to_board("epoch", line)
+        self.save(*paths)
         self.end_if_asked()
 
+    def save(self, *paths):
+        self.look()
+        content = {
+            "epoch": self.epoch,
+            "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
+            "digest": self.digest,
+            "state_dict": self.net.state_dict(),
+            "options": self.net.options,
+            "optimizer": self.optimizer.state_dict(),
+            "best_psnr": self.best_psnr,
+            "best_epoch": self.best_epoch,
+            "sums": devices.sum_over_processes(self.sums),
+            "random_state": torch.get_rng_state(),
+            **({"ema": self.ema.state_dict()} if self.ema else {}),
+        }
+        for path in paths if self.rank == 0 else ():
+            save_checkpoint(path, previous=self.previous if path == self.latest else None, **content)
 
-@reports_errors
+
+@files.reports_errors
 def main(argv=None):
-    with reports_lost_processes():
-        Trainer(parse_args(argv)).run()
-    end_processes()
+    args = parse_args(argv)
+    threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
+    try:
+        with devices.reports_lost_processes():
+            Trainer(args).run()
+    except OSError as error:
+        if error.errno not in files.DISK_ERRORS:
+            raise
+        place = error.filename or args.model_save_dir  # TensorBoard's errors name no file
+        raise UserError(f"{place} cannot be written ({error.strerror}): free some space.") from error
+    devices.end_processes()
 
 
 if __name__ == "__main__":

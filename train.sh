@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on one data set:  bash train.sh [Rain200L|Rain200H|DID-Data|DDN-Data|SPA-Data|demo] [options of train.py]
-# An ablation:             bash train.sh ablation NAME [options], see train.py --help
-# On several GPUs:         GPUS=4 bash train.sh Rain200L --batch_size 4
+# Trains on a data set:  bash train.sh [Rain200L|Rain200H|DID-Data|DDN-Data|SPA-Data|demo] [options of train.py]
+# An ablation:           bash train.sh ablation NAME [options], see train.py --help
+# On several GPUs:       GPUS=4 bash train.sh Rain200L --batch_size 4
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then

@@ -11,7 +11,7 @@ import cv2
 from skimage import data
 
 from utils import rain
-from utils.images import read_image, write_png
+from utils.pictures import read_image, write_png
 
 WIDTH = 360
 PHOTOGRAPHS = {

@@ -1,79 +1,163 @@
-"""Reproduces the paper's Table 1: fetches weights, derains the test sets, measures, and sets our numbers beside the
-paper's.
+"""Reproduces the paper's Table 1: fetches the released weights, derains the test sets, measures the results, and sets
+our numbers beside the paper's.
 
-python evaluations/reproduce.py                                       # all that can be had
-python evaluations/reproduce.py --datasets Rain200L --models NeRD-Rain-S
-python evaluations/reproduce.py --datasets Rain200L --figure Rain200L/norain-1x2 Rain200L/norain-7x2@120,40,90,60
+python -m evaluations.reproduce                                             # all five sets, NeRD-Rain and NeRD-Rain-S
+python -m evaluations.reproduce --datasets Rain200L --models NeRD-Rain-S
 
 Result pictures of any method in results/<method>/<data set>/ are measured, too. Writes results/table.md, .csv and .tex.
 """
 
 import argparse
+import csv
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python evaluations/reproduce.py`
-
-from dataset_RGB import DATASETS, how_to_get
-from evaluations import figure
 from evaluations.evaluate import count_problem, measure_pairs, of_expected, pair_results
-from evaluations.table import COLUMNS, SETS, Row, Score, as_csv, as_latex, as_markdown, paper_scores, read_facts
-from test import results_of, without_clashes
+from utils.derain import Derainer, is_current, remember_settings, remembered_settings, results_settings
 from utils.devices import add_gpus, choose_device
-from utils.errors import UserError, listed, reports_errors, sentence
-from utils.files import disk_failed, write_csv, write_text
-from utils.formats import write_picture
-from utils.images import find_pictures, holds_pictures
-from utils.inference import Derainer
-from utils.weights import RELEASED, load_released
+from utils.files import UserError, disk_failed, listed, reports_errors, sentence, software, write_csv, write_text
+from utils.pairs import DATASETS, how_to_get
+from utils.pictures import find_pictures, is_picture, write_picture
+from utils.weights import RELEASED, load_released, released_path
 
+FACTS = Path(__file__).parent
+SETS = ("Rain200L", "Rain200H", "DID-Data", "DDN-Data", "SPA-Data")
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
+HEADER = ("method", "PSNR", "paper", "difference", "SSIM", "paper", "difference", "pictures")
+COLUMNS = (
+    *("dataset", "protocol", "method", "psnr", "paper_psnr", "psnr_difference"),
+    *("ssim", "paper_ssim", "ssim_difference", "pictures", "expected_pictures"),
+)
+
+
+class Score(NamedTuple):
+    """Mean PSNR in dB and SSIM, and over how many pictures (None: the paper does not say)."""
+
+    psnr: float
+    ssim: float
+    pictures: int | None = None
+
+
+class Row(NamedTuple):
+    """One method on one data set. Scores that do not exist are None."""
+
+    dataset: str
+    method: str
+    ours: Score | None
+    paper: Score | None
+
+    def numbers(self):
+        """-> PSNR, the paper's, their difference, SSIM, the paper's, their difference."""
+        values = []
+        for ours, paper in zip((self.ours or (None, None))[:2], (self.paper or (None, None))[:2]):
+            values += [ours, paper, None if ours is None or paper is None else ours - paper]
+        return values
+
+    def cells(self):
+        """-> the row's cells after the method's name, as text."""
+        formats = (".2f", ".2f", "+.2f", ".4f", ".4f", "+.4f")
+        cells = ["–" if value is None else format(value, form) for form, value in zip(formats, self.numbers())]
+        expected = DATASETS[self.dataset].test_pairs
+        return [*cells, f"{self.ours.pictures} of {expected}" if self.ours else "only the paper's number"]
+
+
+def read_facts(name):
+    with open(FACTS / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def paper_scores():
+    """Table 1 of the paper -> dict of (data set, method) -> Score, in the table's order."""
+    rows = read_facts("paper_table1.csv")
+    return {
+        (dataset, row["method"]): Score(float(row[f"{dataset}_psnr"]), float(row[f"{dataset}_ssim"]))
+        for dataset in SETS
+        for row in rows
+    }
+
+
+def as_markdown(rows, missing=(), downloads=()):
+    lines = []
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        lines += [f"### {dataset}, protocol `{DATASETS[dataset].protocol}`", ""]
+        lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
+        lines += [f"| {row.method} | {' | '.join(row.cells())} |" for row in rows if row.dataset == dataset]
+        lines.append("")
+    lines.append("Made with " + ", ".join(f"{name} {version}" for name, version in software().items()) + ".")
+    for title, sentences in (("Missing", missing), ("Could be measured, too", downloads)):
+        if sentences:
+            lines += ["", f"### {title}", "", *("- " + text.replace("\n", "\n  ") for text in sentences)]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(rows):
+    """-> a tabular for papers (package booktabs)."""
+    lines = [r"\begin{tabular}{lccccccc}", r"\toprule", " & ".join(HEADER) + r" \\"]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        protocol = DATASETS[dataset].protocol
+        lines += [r"\midrule", rf"\multicolumn{{8}}{{c}}{{{dataset} ({protocol})}} \\", r"\midrule"]
+        for row in rows:
+            if row.dataset == dataset:
+                method = "".join(f"\\{c}" if c in "_&%#${}" else c for c in row.method)
+                lines.append(" & ".join([method, *row.cells()]).replace("–", "--") + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def as_csv(rows):
+    """-> list of rows in the order of COLUMNS."""
+    return [
+        [row.dataset, DATASETS[row.dataset].protocol, row.method, *row.numbers()]
+        + [row.ours.pictures if row.ours else None, DATASETS[row.dataset].test_pairs]
+        for row in rows
+    ]
+
+
+def holds_pictures(folder):
+    return any(map(is_picture, folder.rglob("*")))
 
 
 def derain_test_set(model, dataset, device, args):
-    """Derains what has no result yet; nothing where as many results as pictures are there, whatever their names."""
-    source, output_dir = args.data_dir / dataset / "test" / "input", args.results_dir / model / dataset
-    results = len(find_pictures(output_dir)[0]) if holds_pictures(output_dir) else 0
+    """Derains the test pictures that have no result by these weights, and leaves pictures of other origin as they are.
+
+    Returns a list of sentences on pictures that failed. Raises UserError if none could be derained.
+    """
+    source, results = args.data_dir / dataset / "test" / "input", args.results_dir / model / dataset
+    if holds_pictures(results) and not remembered_settings(results):
+        print(f"{results} has no settings.json: its pictures are measured as they are. Remove them to make new ones.")
+        return []
     if not holds_pictures(source):
-        if results < DATASETS[dataset].test_pairs:
-            raise UserError(f"{source} is not there, which {model} would derain: {how_to_get(dataset)}")
-        return
-    paths, root = find_pictures(source)
-    if results >= len(paths):
-        return
+        raise UserError(f"{source} is not there, which {model} would derain: {how_to_get(dataset)}")
     net = load_released(model, dataset, args.checkpoints_dir, args.mirror).to(device)
-    outputs, clashes = without_clashes(results_of([(paths, root)], output_dir, keep_format=False), paths)
-    outputs = {path: output for path, output in outputs.items() if not output.exists()}
-    results = Derainer(net, mode="window").files(outputs, lambda path, _, result: write_picture(outputs[path], result))
-    problems = list(clashes.values())
-    for _, error in tqdm(results, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
+    derainer = Derainer(net, mode="window")
+    settings = results_settings(released_path(model, dataset, args.checkpoints_dir), derainer)
+    remember_settings(results, settings)
+    paths, root = find_pictures(source)
+    outputs = {path: (results / path.relative_to(root)).with_suffix(".png") for path in paths}
+    outputs = {path: output for path, output in outputs.items() if not is_current(output, settings, results)}
+    derained = derainer.files(outputs, lambda path, _, result: write_picture(outputs[path], result))
+    problems = []
+    for _, error in tqdm(derained, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
         if isinstance(error, UserError):
             if disk_failed(error):
                 raise error
             problems.append(sentence(error))
-    if problems:
-        raise UserError(f"{model} on {dataset} could not derain all pictures:{listed(problems, 3)}")
-
-
-def methods_on(dataset, results_dir, paper):
-    """The paper's methods in its order, then those of which there are only results."""
-    known = [method for name, method in paper if name == dataset]
-    found = sorted(path.parent.name for path in results_dir.glob(f"*/{dataset}") if holds_pictures(path))
-    return [*known, *(method for method in found if method not in known)]
+    return problems
 
 
 def measure_method(method, dataset, args):
-    """-> Score, or None if nothing could be measured; list of sentences on what is not as it should be."""
+    """-> Score, or None if nothing could be measured; list of sentences on what is missing or odd."""
     pairs, unpaired = pair_results(args.results_dir / method / dataset, args.data_dir / dataset / "test" / "target")
     rows, unmeasured = measure_pairs(pairs, DATASETS[dataset].protocol)
     problems = [*unpaired, *unmeasured, *count_problem(len(rows), dataset)]
     if not rows:
         return None, problems
-    psnr, ssim = (sum(column) / len(rows) for column in zip(*(values for _, values in rows)))
+    psnr = sum(values[0] for _, values in rows) / len(rows)
+    ssim = sum(values[1] for _, values in rows) / len(rows)
     if psnr == math.inf:
         problems.append("some results are identical to their clean pictures")
     print(f"{method}: {psnr:.4f} dB, {ssim:.6f}, {of_expected(len(rows), dataset)}")
@@ -85,79 +169,60 @@ def reproduce(args):
     rows, missing, paper = [], [], paper_scores()
     device = choose_device(args.gpus)
     for dataset in dict.fromkeys(args.datasets):
-        targets = args.data_dir / dataset / "test" / "target"
-        has_targets = holds_pictures(targets)
-        if not has_targets:
+        targets, failed = args.data_dir / dataset / "test" / "target", set()
+        measurable = holds_pictures(targets)
+        if not measurable:
             missing.append(f"{targets} is not there: {how_to_get(dataset)}")
-        for model in dict.fromkeys(args.models) if has_targets else ():
+        for model in dict.fromkeys(args.models) if measurable else ():
             try:
-                derain_test_set(model, dataset, device, args)
-            except torch.OutOfMemoryError:
-                missing.append(f"{model} on {dataset} did not fit into the GPU's memory")
-            except (UserError, OSError) as error:
-                missing.append(sentence(error))
-        for method in methods_on(dataset, args.results_dir, paper):
-            score, problems = None, []
-            if has_targets and holds_pictures(args.results_dir / method / dataset):
+                problems = derain_test_set(model, dataset, device, args)
+            except (UserError, OSError, torch.OutOfMemoryError) as error:
+                failed.add(model)  # what lies in its folder may be of other weights
+                missing.append(f"{model} on {dataset} was not derained: {sentence(error)}")
+            else:
+                missing += [f"{model} on {dataset}: {problem}" for problem in problems[:3]]
+        methods = [method for name, method in paper if name == dataset]
+        found = sorted(path.parent.name for path in args.results_dir.glob(f"*/{dataset}") if holds_pictures(path))
+        for method in dict.fromkeys([*methods, *found]):
+            score = None
+            if measurable and method in found and method not in failed:
                 score, problems = measure_method(method, dataset, args)
-            if problems:
-                missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
+                if problems:
+                    missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
             rows.append(Row(dataset, method, score, paper.get((dataset, method))))
     return rows, missing
 
 
 def downloads_of(rows, results_dir):
-    """-> list of sentences on where published result pictures of the methods without a number of ours are."""
+    """-> list of sentences on where the result pictures of methods that were not measured can be downloaded."""
     unmeasured = {(row.dataset, row.method) for row in rows if not row.ours}
     return [
-        f"{fact['method']} on {fact['dataset']}: its pictures from {fact['baidu_url']} (code {fact['baidu_code']}), "
-        f"put into {results_dir / fact['method'] / fact['dataset']}"
+        f"{fact['method']} on {fact['dataset']}: download its pictures from {fact['baidu_url']} (code "
+        f"{fact['baidu_code']}) and put them into {results_dir / fact['method'] / fact['dataset']}"
         for fact in read_facts("visual_results.csv")
         if (fact["dataset"], fact["method"]) in unmeasured and fact["baidu_code"]
     ]
 
 
-def parse_args(argv=None):
+@reports_errors
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--datasets", nargs="+", choices=SETS, default=SETS, metavar="SET", help=f"of {', '.join(SETS)} (default: all)")
-    add("--models", nargs="*", choices=MODELS, default=MODELS, metavar="MODEL", help="what to derain with if needed")
+    add("--models", nargs="*", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     add("--data_dir", type=Path, default=Path("Datasets"), help="<set>/test/input and target (default: %(default)s)")
     add("--results_dir", type=Path, default=Path("results"), help="<method>/<set>/ (default: %(default)s)")
-    add(
-        "--checkpoints_dir",
-        type=Path,
-        default=RELEASED,
-        help="<model>/<set>.pth (default: %(default)s)",
-    )
+    add("--checkpoints_dir", type=Path, default=RELEASED, help="<model>/<set>.pth (default: %(default)s)")
     add("--mirror", help="folder or URL with <model>/<set>.pth, instead of Google Drive")
-    add_gpus(parser)
     add("--output", type=Path, default=Path("results/table"), help="of .md, .csv and .tex (default: %(default)s)")
-    add(
-        "--figure",
-        nargs="+",
-        type=figure.parse_choice,
-        metavar="SET/PICTURE[@X,Y,WIDTH,HEIGHT]",
-        help="also draw these pictures by all methods, with a zoomed crop (default: where the rain is strongest)",
-    )
-    return parser.parse_args(argv)
-
-
-@reports_errors
-def main(argv=None):
-    args = parse_args(argv)
+    add_gpus(parser)
+    args = parser.parse_args(argv)
     rows, missing = reproduce(args)
     write_text(f"{args.output}.md", as_markdown(rows, missing, downloads_of(rows, args.results_dir)))
     write_csv(f"{args.output}.csv", COLUMNS, as_csv(rows))
     write_text(f"{args.output}.tex", as_latex(rows))
     print(f"\n{as_markdown([row for row in rows if row.ours or row.method in args.models])}")
     print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
-    if args.figure:
-        try:
-            figure.write_comparison(args.figure, args.data_dir, args.results_dir, f"{args.output}_figure")
-            print(f"and {args.output}_figure.png, .pdf")
-        except UserError as error:
-            missing.append(f"no figure was drawn: {error}")
     if missing:
         sys.exit(f"error: the table is made, but not all could be measured:{listed(missing, len(missing))}")
 

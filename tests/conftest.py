@@ -15,9 +15,12 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Only tests marked `gpu` see GPUs: all others compare with numbers of the CPU."""
+    """Only tests marked `gpu` see GPUs: all others compare with numbers of the CPU. One thread, here and in the scripts
+    that tests start, lets no sum depend on the number of cores."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

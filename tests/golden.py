@@ -3,6 +3,7 @@
 Every array is a pure function of its name, so that only results are stored (see tests/reference/README.md).
 """
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -44,6 +45,7 @@ def golden_weight(key, shape):
     return torch.from_numpy(np.asarray(z, dtype=np.float32))
 
 
+@functools.cache
 def golden_weights(name):
     return {key: golden_weight(key, shape) for key, shape in NUMBERS[name]["state_dict"].items()}
 

@@ -4,83 +4,98 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, inference, loader, pictures, pipeline, seams, sizes, training
-from dataset_RGB import Photo
-from model import MultiscaleNet
-from utils.images import write_png
-from utils.inference import Derainer
+from benchmarks import common, gpu, inference, seams, training
+from utils.files import UserError
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch, tmp_path):
-    """Benchmarks run on a narrow network and small windows, and write elsewhere."""
-
-    def narrow_network(name):
-        torch.manual_seed(0)
-        return MultiscaleNet(8, (1, 1, 1))
-
-    for module in (inference, loader, pictures, pipeline, training):
-        monkeypatch.setattr(module, "golden_network", narrow_network)
-    monkeypatch.setattr(inference, "SIDE", 32)
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+@pytest.fixture
+def quick(tmp_path):
+    return ["--device", "cpu", "--quick", "--rounds", "1", "--output", str(tmp_path)]
 
 
-def test_inference_compares_outputs_and_times(tmp_path):
-    rows = inference.compare("nerd_rain_s", CPU, repeats=1)
-    assert [row["variant"] for row in rows] == ["published formulation, float32", "ours, float32", "ours, bfloat16"]
-    assert rows[0]["times as fast"] == 1 and all(row["seconds"] > 0 for row in rows)
-    assert rows[0]["largest difference"] == 0 < rows[1]["largest difference"] < 1e-5 < rows[2]["largest difference"]
-    common.report("inference", rows, CPU, repeats=1)
-    written = json.loads((tmp_path / "inference_cpu.json").read_text())
-    assert written["rows"] == rows and written["facts"]["torch"] == torch.__version__
+def test_everything_for_a_gpu_is_measured_beside_the_published_formulation(quick, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(quick)
+    assert ended.value.code == 0
+    written = json.loads((tmp_path / "gpu_cpu.json").read_text())
+    rows = written["rows"]
+    assert written["facts"]["torch"] == torch.__version__ and written["facts"]["cores"] >= 1
+    both = [common.BASELINE, "float32", "bfloat16"]
+    assert [row["variant"] for row in rows] == [*both, *both, *both, common.BASELINE, "bfloat16"]
+    assert list(dict.fromkeys(row["task"] for row in rows)) == [
+        "training 1 × 32²",
+        "deraining 56×40",
+        "training 2 × 32²",
+    ]
+    for row in rows:
+        least, most = {"float32": (90, 200), "bfloat16": (40, 90)}.get(row["variant"], (200, 200))
+        assert least <= row["PSNR between outputs"] <= most
+        speed = row["pictures a second"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+    assert common.as_markdown(rows) in capsys.readouterr().out
 
 
-def test_inference_refuses_other_outputs(monkeypatch):
-    monkeypatch.setattr(inference, "TOLERANCE", 1e-12)
-    with pytest.raises(AssertionError, match="outputs differ"):
-        inference.compare("nerd_rain_s", CPU, repeats=1)
+def test_parts_that_fail_do_not_lose_the_others(quick, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpu.training, "compare", fail)
+    monkeypatch.setattr(gpu.inference, "compare", lambda name, *args: [{"network": name}])
+    with pytest.raises(SystemExit, match="2 parts failed"):
+        gpu.main(quick)
+    assert "no compiler" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "gpu_cpu.json").read_text())["rows"]
+    assert rows == [{"network": "NeRD-Rain"}, {"network": "NeRD-Rain-S"}]
 
 
-def test_training_compares_losses_and_times():
-    rows = training.compare("nerd_rain_s", 1, 32, CPU, repeats=1)
-    losses = [row["loss in step 3"] for row in rows]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2:] == pytest.approx([losses[0]] * 2, rel=0.05)
-    memory = [row["MiB kept"] for row in rows]
-    assert memory[0] > memory[1] > memory[2] > 2 * memory[3] > 0
+def test_compiled_networks_are_compared_too(quick, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda net, **options: asked.append(options) or net)
+    args, compiled = common.parse_args("", quick), ["bfloat16, compiled"]
+    rows = training.compare("NeRD-Rain", args, 1, 32, compiled) + inference.compare("NeRD-Rain", args, 1, compiled)
+    assert [row["variant"] for row in rows] == [common.BASELINE, *compiled] * 2 and len(asked) == 2
+
+    def fail(x):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda net, **options: fail)  # Derainer then runs uncompiled
+    with pytest.raises(UserError, match="NeRD-Rain was not compiled"):
+        inference.compare("NeRD-Rain", args, 1, compiled)
 
 
-def test_pictures_are_compared_and_timed():
-    rows = pictures.compare("nerd_rain_s", CPU, repeats=1, count=1)
-    assert [row["variant"] for row in rows] == ["published formulation, float32", "ours, float32", "ours, bfloat16"]
-    assert all(row["pictures per second"] > 0 for row in rows) and rows[1]["PSNR to the first"] > 80
+def test_the_loader_is_measured_beside_the_training(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOADING_BATCHES", 1)
+    training.main(quick)
+    loader = json.loads((tmp_path / "training_cpu.json").read_text())["facts"]["loader"]
+    assert [row["source"] for row in loader] == ["pairs", "synthetic rain"]
+    assert all(row["patches a second"] > 0 for row in loader)
 
 
-def test_the_pipeline_is_taken_apart(tmp_path):
-    paths = [tmp_path / f"{i}.png" for i in range(2)]
-    for path in paths:
-        write_png(path, np.zeros((20, 30, 3), np.uint8))
-    files, network = pipeline.shares(Derainer(pipeline.golden_network("nerd_rain_s")), paths, repeats=1)
-    assert files > 0 and network > 0 and len(list((tmp_path / "out").iterdir())) == 2
+def test_variants_alternate_and_those_that_do_not_fit_are_omitted(capsys):
+    calls = []
+
+    def variant(name):
+        return lambda: lambda: calls.append(name) or torch.zeros(1)
+
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    runs = common.run_rounds({"a": variant("a"), "large": too_large, "b": variant("b")}, 3, CPU)
+    assert calls == ["a", "b", *["a", "a", "b", "b"] * 3] and [len(run.seconds) for run in runs.values()] == [3, 3]
+    assert "large does not fit" in capsys.readouterr().out
 
 
-def test_the_loader_is_set_against_the_step(tmp_path):
-    write_png(tmp_path / "a.png", np.zeros((60, 60, 3), np.uint8))
-    assert loader.patches_per_second([Photo(tmp_path / "a.png")], 32, seconds=0.1) > 0
-    assert loader.step_seconds("nerd_rain_s", 1, 32, CPU, repeats=1) > 0
-
-
-def test_the_median_of_second_runs_counts(monkeypatch):
-    moments = iter([0, 9, 10, 11, 0, 9, 10, 13, 0, 9, 10, 12])  # 9 and 1, 9 and 3, 9 and 2 seconds
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(moments))
-    assert common.seconds_of({"a": lambda: None}, 3, CPU) == {"a": 2}
-
-
-def test_a_size_is_measured(monkeypatch):
-    monkeypatch.setattr(sizes.model, "nerd_rain_s", lambda: MultiscaleNet(8, (1, 1, 1)))
-    seconds, memory = sizes.derain_once("nerd_rain_s", 300, "cpu")
-    assert seconds > 0 and memory >= 0
+def test_ratios_are_those_of_the_same_round_and_other_outputs_are_refused():
+    same = torch.zeros(4)
+    runs = {"a": common.Run(None, same, None, [2.0, 4.0, 1.0]), "b": common.Run(None, same, None, [1.0, 1.0, 2.0])}
+    _, row = common.as_rows(runs, {"a": 1, "b": 2}, network="x")
+    assert row["times as fast"] == {"min": 1, "median": 4, "max": 8}
+    assert row["pictures a second"] == {"min": 1, "median": 2, "max": 2} and row["network"] == "x"
+    runs["b"] = runs["b"]._replace(output=same + 0.1)
+    with pytest.raises(UserError, match=r"b computes something else than a: 20\.0 dB"):
+        common.as_rows(runs, {"a": 1, "b": 2})
 
 
 def test_windows_that_shift_colours_leave_seams_and_tiles_do_not():
@@ -89,11 +104,5 @@ def test_windows_that_shift_colours_leave_seams_and_tiles_do_not():
             return [x + 0.3 * x.mean(dim=(1, 2, 3), keepdim=True)]
 
     slope = np.broadcast_to(np.linspace(0, 0.6, 200, dtype=np.float32)[:, None, None], (200, 160, 3))
-    window, tile = seams.compare(Shifting(1, 1), [slope], 64)
-    assert window["steps where they meet"] > 5 * tile["steps where they meet"] > 0
-    assert window["ratio"] > 100
-
-
-def test_windows_meet_and_tiles_overlap_where_they_should():
-    assert np.flatnonzero(seams.meeting_places("window", 150, 64)).tolist() == [63, 127]
-    assert np.flatnonzero(seams.meeting_places("tile", 120, 64)).tolist() == list(range(55, 64))
+    found = seams.compare(Shifting(1, 1), [slope], 64)
+    assert found["window"][0] > 5 * found["tile"][0] > 0 and found["window"][0] > 100 * found["window"][1]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import make_pairs
 from utils import doctor
-from utils.images import read_image, write_png
+from utils.pictures import read_image, write_png
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,16 +33,16 @@ def report(capsys, *arguments, healthy):
 
 
 def test_the_command_runs_as_written():
-    command = [sys.executable, "dataset_RGB.py", "Datasets/demo"]
+    command = [sys.executable, "-m", "utils.doctor", "Datasets/demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Datasets/demo/train: 18 pairs of 18 published, 6 clean pictures; 360×360 (12), 360×240 (6)" in done.stdout
-    assert "nothing is wrong" in done.stdout
+    assert "no problems found" in done.stdout
 
 
 def test_a_healthy_set(dataset, capsys):
     text = report(capsys, dataset, healthy=True)
-    assert "train: 5 pairs, 5 clean pictures; 48×40 (5)" in text and "nothing is wrong" in text
+    assert "train: 5 pairs, 5 clean pictures; 48×40 (5)" in text and "no problems found" in text
     assert "3 pairs" in report(capsys, dataset / "test", healthy=True)
 
 
@@ -53,7 +53,7 @@ def test_unpaired_unreadable_and_unequal_pictures(dataset, capsys):
     write_png(dataset / "train" / "input" / "3.png", read_image(dataset / "train" / "target" / "3.png"))
     text = report(capsys, dataset, healthy=False)
     assert "cannot be used (4)" in text
-    for reason in ("0.png has no clean", "1.png cannot be read", "not of one size", "3.png is the same picture as its"):
+    for reason in ("0.png has no clean", "1.png cannot be read", "differ in size", "3.png is the same picture as its"):
         assert reason in text
 
 
@@ -74,14 +74,14 @@ def test_the_published_number_is_missed(tmp_path, capsys):
     text = report(capsys, tmp_path / "Rain12", healthy=False)
     assert "11 pairs of 12 published" in text and "Rain12 has 12" in text
     make_pairs(tmp_path / "Rain12", count=12)
-    assert "nothing is wrong" in report(capsys, tmp_path / "Rain12", healthy=True)
+    assert "no problems found" in report(capsys, tmp_path / "Rain12", healthy=True)
 
 
 def test_a_missing_part_is_missed(dataset, capsys):
     (dataset / "test").rename(dataset / "Rain200L")
     make_pairs(dataset / "Rain200L" / "test", count=3)
     text = report(capsys, dataset / "Rain200L", healthy=False)
-    assert "train is not there, Rain200L has 1800 pairs in it" in text
+    assert "train is missing, Rain200L has 1800 pairs in it" in text
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -112,7 +112,7 @@ def test_pictures_that_are_only_alike_are_not_taken_for_the_same(dataset, capsys
     for part, image in (("train", scene), ("test", np.roll(scene, 3, axis=1))):
         write_png(dataset / part / "target" / "s.png", image)
         write_png(dataset / part / "input" / "s.png", image // 2)
-    assert "nothing is wrong" in report(capsys, dataset, healthy=True)
+    assert "no problems found" in report(capsys, dataset, healthy=True)
 
 
 def test_halves_side_by_side(tmp_path, capsys):

@@ -4,7 +4,6 @@ import torch
 
 from losses import DerainLoss, EdgeDistance, Pyramid, charbonnier, fft_distance
 from tests.golden import ARRAYS, NUMBERS, golden_input, golden_network
-from train import make_schedule
 
 
 def test_single_losses_are_the_published_ones():
@@ -20,6 +19,7 @@ def test_pyramid_is_the_published_one_at_odd_sizes():
         np.testing.assert_allclose(level, ARRAYS[f"pyramid/level{number}"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "name, key, prefix, shape",
     [
@@ -27,67 +27,35 @@ def test_pyramid_is_the_published_one_at_odd_sizes():
         ("nerd_rain_mprnet", "training_mprnet", "mprnet_", (1, 3, 32, 48)),
     ],
 )
-def test_training_terms_and_gradients_are_the_published_ones(name, key, prefix, shape):
-    net, expected = golden_network(name), NUMBERS[key]
+def test_training_terms_and_gradients_are_the_published_ones(name, key, prefix, shape, memory_format):
+    net, expected = golden_network(name).to(memory_format=memory_format), NUMBERS[key]
     x, y = golden_input(f"{prefix}train_input", *shape), golden_input(f"{prefix}train_target", *shape)
-    losses = DerainLoss()(net(x), y)
+    losses = DerainLoss()(net(x.to(memory_format=memory_format)), y)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected["terms"], rel=1e-6)
     losses["total"].backward()
-    parameters = dict(net.named_parameters())
-    assert parameters.keys() == expected["grad_norm"].keys()
-    for parameter, norm in expected["grad_norm"].items():
-        gradient = parameters[parameter].grad
-        if norm is None:
-            assert gradient is None, parameter
-        else:
-            assert gradient.norm().item() == pytest.approx(norm, rel=2e-4, abs=1e-6), parameter
+    norms = {name: p.grad.norm().item() for name, p in net.named_parameters() if p.grad is not None}
+    reached = {name: norm for name, norm in expected["grad_norm"].items() if norm is not None}
+    assert norms == pytest.approx(reached, rel=2e-4, abs=1e-6)
 
 
 def test_eight_adam_steps_follow_the_published_ones():
+    """The losses before each of them. The bound holds on any processor whose gradients have a relative error of at most
+    r = 2e-4, as the test above asserts.
+
+    Adam moves each weight by about lr, even one whose gradient is mere rounding, and then in any direction. But the
+    loss hardly depends on such a weight: where a gradient errs by e, a step changes the loss by at most 2·lr·e too
+    much. Over all weights that is 2·r·lr·Σ|gradient|, which is 2r of what the step lowers the loss by.
+    """
     net = golden_network("nerd_rain_s").to(memory_format=torch.channels_last)
     loss, optimizer = DerainLoss(), torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
     x, y = golden_input("train_input", 2, 3, 64, 64), golden_input("train_target", 2, 3, 64, 64)
-    trace = []
-    for _ in range(8):
+    expected = NUMBERS["training"]["adam_trace_lr1e-4"]
+    for before in expected:
         optimizer.zero_grad()
         total = loss(net(x), y)["total"]
+        assert total.item() == pytest.approx(before, rel=1e-6, abs=4e-4 * (expected[0] - before))
         total.backward()
         optimizer.step()
-        trace.append(total.item())
-    assert trace == pytest.approx(NUMBERS["training"]["adam_trace_lr1e-4"], rel=2e-6)
-
-
-@pytest.mark.parametrize("epochs", [20, 300, 3000])
-def test_learning_rates_are_the_published_ones(epochs):
-    expected = NUMBERS["lr_schedule"][str(epochs)]
-    if isinstance(expected, list):
-        expected = dict(enumerate(expected, start=1))
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
-    schedule, rates = make_schedule(optimizer, epochs, 0), {}
-    for epoch in range(1, epochs + 1):
-        rates[epoch] = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        schedule.step()
-    for epoch, rate in expected.items():
-        assert rates[int(epoch)] == pytest.approx(rate, rel=1e-12, abs=0), epoch
-
-
-@pytest.mark.parametrize("done", [1, 3, 4, 5, 11])
-def test_a_resumed_schedule_has_the_rates_of_an_uninterrupted_one(done):
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
-    make_schedule(optimizer, 20, done)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(NUMBERS["lr_schedule"]["20"][done], rel=1e-12, abs=0)
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 4])
-def test_runs_no_longer_than_the_warm_up_have_a_schedule(epochs):
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
-    schedule, rates = make_schedule(optimizer, epochs, 0), []
-    for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0, 1e-4 / 3, 2e-4 / 3, 1e-4][:epochs])
 
 
 def test_losses_work_in_float32_under_autocast_and_on_bfloat16():

@@ -1,13 +1,12 @@
 import shutil
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_RGB import find_pairs
 from utils import prepare
-from utils.images import read_image, write_png
+from utils.pairs import find_pairs
+from utils.pictures import Picture, read_image, read_picture, to_channels, write_picture, write_png
 
 # Original distributions: rainy file -> its clean one.
 DISTRIBUTIONS = {
@@ -75,30 +74,33 @@ def test_halves_are_split_without_changing_a_pixel(tmp_path, clean_half):
     assert np.array_equal(np.concatenate(halves, axis=1), whole)
 
 
-def test_halves_that_cannot_be_split_are_left_out_and_named(tmp_path):
+def test_halves_keep_16_bits_grey_and_alpha(tmp_path):
     rng = np.random.default_rng(0)
-    source = tmp_path / "source"
-    for name, width in (("1.png", 48), ("2.png", 41), ("3.png", 48), ("3.bmp", 48)):
-        write_png(source / name, rng.integers(0, 255, (20, width, 3), dtype=np.uint8))
-    Image.fromarray(np.zeros((20, 48), np.uint16)).save(source / "4.png")
-    (source / "5.png").write_bytes(b"broken")
-    cv2.imwrite(str(source / "6.png"), np.zeros((20, 48, 3), np.uint16))
+    grey, alpha = rng.integers(0, 65535, (20, 48), dtype=np.uint16), rng.integers(0, 255, (20, 48, 4), dtype=np.uint8)
+    (tmp_path / "source").mkdir()
+    Image.fromarray(grey).save(tmp_path / "source" / "1.png")
+    Image.fromarray(alpha).save(tmp_path / "source" / "2.png")
+    prepare.main([str(tmp_path / "source"), str(tmp_path / "set"), "--clean_half", "left"])
+    for name, pixels in (("1.png", grey), ("2.png", alpha)):
+        halves = [to_channels(read_picture(tmp_path / "set" / folder / name)) for folder in ("target", "input")]
+        assert np.array_equal(np.concatenate(halves, axis=1), pixels) and halves[0].dtype == pixels.dtype
+
+
+def test_halves_that_cannot_be_split_are_named(tmp_path):
+    source, image = tmp_path / "source", np.random.default_rng(0).integers(0, 255, (20, 48, 3), dtype=np.uint8)
+    write_png(source / "1.png", image)
+    write_png(source / "2.png", image[:, :41])
+    (source / "3.png").write_bytes(b"broken")
     message = failure(source, tmp_path / "set", "--clean_half", "left")
-    assert "5 pictures were left out" in message
-    for reason in (
-        "2.png is 41 pixels wide",
-        "have one name",
-        "4.png would lose",
-        "5.png cannot be read",
-        "6.png would",
-    ):
-        assert reason in message
-    assert len(find_pairs(tmp_path / "set")) == 2
+    assert "2 pictures left out" in message and "2.png is 41 pixels wide" in message and "3.png cannot" in message
+    assert len(find_pairs(tmp_path / "set")) == 1
     first = (tmp_path / "set" / "target" / "1.png").read_bytes()
-    assert "is there already" in failure(source / "1.png", tmp_path / "set", "--clean_half", "right")
+    assert "already exists" in failure(source / "1.png", tmp_path / "set", "--clean_half", "right")
     assert (tmp_path / "set" / "target" / "1.png").read_bytes() == first
     prepare.main([str(source / "1*.png"), str(tmp_path / "pattern"), "--clean_half", "left"])
     assert len(find_pairs(tmp_path / "pattern")) == 1
+    write_picture(source / "1.bmp", Picture(image))
+    assert "have the same name" in failure(source, tmp_path / "other", "--clean_half", "left")
 
 
 def test_a_list_of_pairs_is_followed(tmp_path):
@@ -135,20 +137,20 @@ def test_what_is_there_is_never_replaced(source, tmp_path):
     write_png(tmp_path / "set" / "input" / "901_1.jpg", np.zeros((16, 16, 3), np.uint8))
     before = (tmp_path / "set" / "input" / "901_1.jpg").read_bytes()
     for options in ([], ["--copy"]):
-        assert "is there already" in failure(source, tmp_path / "set", *options)
+        assert "already exists" in failure(source, tmp_path / "set", *options)
     assert (tmp_path / "set" / "input" / "901_1.jpg").read_bytes() == before
 
 
 def test_left_over_and_unknown_pictures_are_named(source, tmp_path):
     (source / "ground_truth" / "902.jpg").unlink()
-    assert "14 pictures were left out" in failure(source, tmp_path / "set")
+    assert "14 pictures left out" in failure(source, tmp_path / "set")
     assert len(find_pairs(tmp_path / "set")) == 14
     shutil.rmtree(source / "ground_truth")
-    assert "like none of the distributions" in failure(source, tmp_path / "other")
+    assert "matches none of the layouts" in failure(source, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_pictures_of_one_name_are_refused(tmp_path):
     make(tmp_path / "source", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})
-    assert "have one name" in failure(tmp_path / "source", tmp_path / "set")
+    assert "have the same name" in failure(tmp_path / "source", tmp_path / "set")
     assert not (tmp_path / "set").exists()

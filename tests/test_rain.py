@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset_RGB import find_pairs
 from evaluations.metrics import psnr_ssim
 from utils import rain
-from utils.images import find_pictures, read_image, write_png
+from utils.pairs import find_pairs
+from utils.pictures import find_pictures, read_image, write_png
 from utils.rain import STYLES, add_rain, haze, streak_kernel, streaks
 
 ROOT = Path(__file__).parent.parent

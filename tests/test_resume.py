@@ -1,9 +1,10 @@
-"""A run that is killed, or whose files are damaged, ends as if nothing had happened."""
+"""A run that is stopped, killed, or whose files are damaged, ends as if nothing had happened."""
 
 import json
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -11,9 +12,17 @@ import torch
 
 import train
 from tests.conftest import make_pairs
-from tests.test_train_script import arguments, assert_equal_runs, assert_equal_weights, fails, session, start
-from utils.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from utils.errors import UserError
+from tests.test_train import (
+    ROOT,
+    arguments,
+    assert_equal_runs,
+    fails,
+    latest,
+    lines_of,
+    session,
+    start,
+)
+from utils.checkpoint import load_checkpoint
 
 SAVING_OFTEN = "import train; train.SAVE_STEPS = 1; train.main()"
 KILLED = """
@@ -34,14 +43,96 @@ train.main()
 
 @pytest.fixture
 def options(pairs_folder, narrow_weights, tmp_path):
-    return arguments(pairs_folder, narrow_weights, tmp_path)
+    return [*arguments(pairs_folder, narrow_weights, tmp_path), "--num_epochs", "3", "--ema", "0.9"]
 
 
-def test_a_run_killed_while_it_saves_goes_on(options, tmp_path):
+def wait_for_epoch(run, folder, epoch):
+    while not (folder / "log.jsonl").exists() or len(lines_of(folder)) < epoch:
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_gets_a_signal_saves_and_resumes(options, tmp_path, number):
+    options += ["--num_epochs", "60", "--val_epochs", "60"]
+    run = start([*options, "--num_workers", "1"])
+    wait_for_epoch(run, session(tmp_path), 1)
+    os.killpg(run.pid, number)  # as terminals and schedulers do: its data-loading processes get it, too
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 128 + number
+    assert "The same command resumes" in output and "Traceback" not in output
+    saved = latest(session(tmp_path))
+    assert (1, 0) <= (saved["epoch"], saved["pictures"]) < (60, 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no such terminals here")
+def test_a_closed_terminal_loses_nothing(options, tmp_path):
+    import pty
+
+    process, terminal = pty.fork()
+    if process == 0:  # the terminal is its own now
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "train.py", *options, "--num_epochs", "60"])
+    shown = b""
+    while not (session(tmp_path) / "log.jsonl").exists() or not lines_of(session(tmp_path)):
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert "epoch 1/60: " in shown.decode() and "left" in shown.decode()
+    assert 1 <= latest(session(tmp_path))["epoch"] < 60
+
+
+def asked_to_stop(monkeypatch, method, epoch, step):
+    """Lets a run get Ctrl-C in a method of Trainer, where it stands at an epoch and step."""
+    original = getattr(train.Trainer, method)
+
+    def asking(trainer, *args):
+        result = original(trainer, *args) if method == "train_step" else None
+        if (trainer.epoch, trainer.step) == (epoch, step):
+            trainer.interruption.ask(signal.SIGINT, None)
+        return result if method == "train_step" else original(trainer, *args)
+
+    monkeypatch.setattr(train.Trainer, method, asking)
+
+
+@pytest.mark.parametrize("method, step", [("train_step", 1), ("train_step", 3), ("validate", 3)])
+def test_an_interruption_loses_no_step(options, tmp_path, monkeypatch, capsys, recwarn, method, step):
+    """Within an epoch, after its last step, and in its validation."""
+    options += ["--clip_grad", "0.5"]
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, method, 1, step)
+        assert fails(options) == 130
+    saved = latest(session(tmp_path))
+    assert (saved["epoch"], saved["pictures"]) == (1, 2 * step)
+    train.main(options)
+    assert f"resumes after epoch 1 and {step} of 3 steps" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+    assert all(line.get("pictures_per_second") != 0 for line in lines_of(session(tmp_path)))
+    train.main([*options, "--session", "b"])
+    assert_equal_runs(session(tmp_path), session(tmp_path, "b"), ("epoch", "lr", "fft", "total", "val_psnr"))
+
+
+def test_a_checkpoint_of_the_former_train_py_resumes_with_other_sizes(options, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        asked_to_stop(patch, "train_step", 1, 2)
+        assert fails(options) == 130
+    former = latest(session(tmp_path)) | {"usual_loss": None}
+    del former["digest"]
+    torch.save(former, session(tmp_path) / "model_latest.pth")
+    options += ["--batch_size", "1", "--patch_size", "48"]
+    train.main(options)
+    output = capsys.readouterr().out
+    assert "resumes after epoch 1 and 4 of 6 steps" in output
+    assert "model_best.pth is chosen anew, from epoch 2 on" in output
+    states = latest(session(tmp_path))["optimizer"]["state"].values()
+    assert {state["step"].item() for state in states} == {3 + 2 + 2 + 6}
+
+
+def test_a_run_killed_while_it_saves_resumes(options, tmp_path):
     """With a whole file that is not yet in place, after the last one was moved away, and before that."""
-    for name, path, number in (("fsync", "", 4), ("replace", "model_latest.pth", 5), ("replace", "previous.pth", 2)):
+    for name, path, number in (("fsync", "", 6), ("replace", "model_latest.pth", 5), ("replace", "previous.pth", 2)):
         run = start(options, launcher=("-c", KILLED.format(name=name, path=path, number=number)))
-        output, _ = run.communicate(timeout=120)
+        output, _ = run.communicate(timeout=300)
         assert run.returncode == -signal.SIGKILL, output
         assert list(session(tmp_path).glob(".*.tmp"))
     train.main(options)
@@ -51,8 +142,8 @@ def test_a_run_killed_while_it_saves_goes_on(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_20_random_moments_goes_on(options, tmp_path):
-    options += ["--num_epochs", "60", "--val_epochs", "20", "--ema", "0.9"]
+def test_a_run_killed_at_20_random_moments_resumes(options, tmp_path):
+    options += ["--num_epochs", "60", "--val_epochs", "20"]
     random_moments, saving = random.Random(0), 0
     folder = session(tmp_path)
     for number in range(20):
@@ -71,93 +162,62 @@ def test_a_run_killed_at_20_random_moments_goes_on(options, tmp_path):
     train.main(options)
     train.main([*options, "--session", "b"])
     assert_equal_runs(folder, session(tmp_path, "b"))
-    averaged, other = (load_checkpoint(session(tmp_path, name) / "model_latest.pth")["ema"] for name in "ab")
-    assert all(tensor.equal(other[name]) for name, tensor in averaged.items())
 
 
-class Malice:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path.with_name("made")),)
-
-
-def flip_a_bit(path):
-    content = path.read_bytes()
-    bias = next(weight for weight in load_checkpoint(path)["state_dict"].values() if weight.ndim == 1)
-    place = content.index(bias.numpy().tobytes())
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-
-
-DAMAGES = {
-    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": lambda path: os.truncate(path, 0),
-    "one bit": flip_a_bit,
-    "malicious": lambda path: torch.save({"state_dict": Malice(path)}, path),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, narrow_weights, damage):
-    latest, previous = tmp_path / "model_latest.pth", tmp_path / "model_previous.pth"
-    assert load_newest(latest, previous) == (None, {}, [])
-    for epoch in (1, 2):
-        save_checkpoint(latest, previous, epoch=epoch, state_dict=load_checkpoint(narrow_weights)["state_dict"])
-    path, content, errors = load_newest(latest, previous)
-    assert (path, content["epoch"], errors) == (latest, 2, [])
-    DAMAGES[damage](latest)
-    path, content, (error,) = load_newest(latest, previous)
-    assert (path, content["epoch"]) == (previous, 1) and str(error).startswith(f"{latest} cannot be read")
-    DAMAGES[damage](previous) if damage != "one bit" else os.truncate(previous, 9)
-    with pytest.raises(UserError) as caught:
-        load_newest(latest, previous)
-    for part in (f"{latest} cannot be read", f"{previous} cannot be read", "--pretrain_weights model_best.pth"):
-        assert part in str(caught.value)
-    assert not (tmp_path / "made").exists()
-
-
-def test_a_run_goes_on_from_the_checkpoint_before(options, tmp_path, capsys):
+def test_a_run_resumes_from_the_checkpoint_before(options, tmp_path, capsys):
     train.main([*options, "--num_epochs", "2"])
     os.truncate(session(tmp_path) / "model_latest.pth", 1000)
-    capsys.readouterr()
     train.main(options)
     output = capsys.readouterr().out
     assert f"warning: {session(tmp_path) / 'model_latest.pth'} cannot be read as a checkpoint" in output
-    assert f"Going on from {session(tmp_path) / 'model_previous.pth'}" in output
-    assert "continues after epoch 1 and 0 of 3 steps" in output
+    assert f"Resuming from {session(tmp_path) / 'model_previous.pth'}" in output
+    assert "resumes after epoch 1 and 0 of 3 steps" in output
     assert (session(tmp_path) / "model_damaged.pth").stat().st_size == 1000
     assert load_checkpoint(session(tmp_path) / "model_previous.pth")["epoch"] == 2
     train.main([*options, "--session", "b"])
-    assert_equal_weights(session(tmp_path), session(tmp_path, "b"))
+    assert_equal_runs(session(tmp_path), session(tmp_path, "b"))
 
 
-def test_changed_arguments_are_named(options, tmp_path, capsys):
-    train.main([*options, "--num_epochs", "1"])
-    train.main([*options, "--num_epochs", "1"])
-    assert "changed since" not in capsys.readouterr().out
+def test_a_finished_run_can_be_prolonged_and_names_what_changed(options, tmp_path, capsys):
+    options += ["--num_epochs", "1", "--batch_size", "6"]
+    train.main(options)
+    before = (session(tmp_path) / "log.jsonl").read_text()
+    train.main(options)
+    output = capsys.readouterr().out
+    assert "all 1 epochs are done; raise --num_epochs to continue" in output and "changed since" not in output
+    assert (session(tmp_path) / "log.jsonl").read_text() == before
     with open(session(tmp_path) / "runs.jsonl", "a") as file:
         file.write('{"time": ')  # a power cut
-    train.main([*options, "--num_epochs", "2", "--clip_grad", "1"])
+    content = latest(session(tmp_path))
+    torch.save(content | {"best_psnr": 99.0}, session(tmp_path) / "model_latest.pth")
+    other = ["--val_dir", str(make_pairs(tmp_path / "other", count=1, seed=1))]
+    train.main([*options, "--num_epochs", "2", "--clip_grad", "1", *other])
     output = capsys.readouterr().out
-    assert "changed since the last start: --num_epochs 2 (was 1), --clip_grad 1.0 (was None)\n" in output
-    train.main([*options, "--num_epochs", "2", "--clip_grad", "1"])
-    assert "changed since" not in capsys.readouterr().out
+    for part in (
+        "--num_epochs 2 (was 1)\n",
+        "--clip_grad 1.0 (was None)\n",
+        "model_best.pth is chosen anew, from epoch 2",
+    ):
+        assert part in output
+    assert [line["epoch"] for line in lines_of(session(tmp_path))] == [1, 2]
+    assert latest(session(tmp_path))["best_epoch"] == 2
     lines = (session(tmp_path) / "runs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["arguments"]["num_epochs"] for line in lines] == [1, 1, 2, 2]
+    assert [json.loads(line)["arguments"]["num_epochs"] for line in lines] == [1, 1, 2]
 
 
-def test_other_validation_pictures_choose_the_best_anew(options, tmp_path, capsys):
-    train.main([*options, "--num_epochs", "1"])
-    latest = session(tmp_path) / "model_latest.pth"
-    content = load_checkpoint(latest)
-    torch.save(content | {"best_psnr": 99.0}, latest)
-    other = ["--val_dir", str(make_pairs(tmp_path / "other", count=2, seed=1))]
-    train.main([*options, "--num_epochs", "2", *other])
-    assert "model_best.pth is chosen anew, from epoch 2 on" in capsys.readouterr().out
-    assert load_checkpoint(latest)["best_epoch"] == 2
-    with pytest.raises(SystemExit, match=r"was trained with --hold_out None, not 0\.3"):
-        train.main([*options, "--num_epochs", "3", *other, "--hold_out", "0.3"])
+def test_a_session_keeps_to_its_data(options, tmp_path, pairs_folder):
+    options += ["--batch_size", "6", "--num_epochs", "1"]
+    train.main(options)
+    before = latest(session(tmp_path))["epoch"]
+    others = str(make_pairs(tmp_path / "others", count=6, seed=2))  # of the same names
+    for change in (["--train_dir", others], ["--clean_dir", others]):
+        assert "was trained on other pictures than there are now" in fails([*options, "--num_epochs", "2", *change])
+    moved = pairs_folder.rename(tmp_path / "moved")
+    train.main([*options, "--train_dir", os.path.relpath(moved)])
+    for folder in ("input", "target"):
+        (moved / folder / "5.png").unlink()
+    assert "choose another --session" in fails([*options, "--train_dir", str(moved), "--num_epochs", "2"])
+    assert latest(session(tmp_path))["epoch"] == before
 
 
 def test_a_second_run_of_a_session_is_refused_until_the_first_is_gone(options, tmp_path):
@@ -184,7 +244,7 @@ time.sleep(600)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads memory and files from /proc")
-def test_2000_steps_keep_memory_and_files_flat(options, tmp_path, monkeypatch, capsys):
+def test_2000_steps_keep_memory_and_files_flat(options, tmp_path, monkeypatch):
     finish, measured = train.Trainer.finish_epoch, []
 
     def measure(trainer, line):
@@ -195,8 +255,6 @@ def test_2000_steps_keep_memory_and_files_flat(options, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(train.Trainer, "finish_epoch", measure)
     clean = ("--clean_dir", str(tmp_path / "pairs" / "target"), "--clean_repeats", "32")  # 198 pictures with the pairs
-    train.main([*options, *clean, "--num_epochs", "21", "--num_workers", "1", "--ema", "0.9"])
-    with capsys.disabled():
-        print(f"\nafter 99 and {99 * len(measured)} steps: MiB of memory and open files {measured[0]}, {measured[-1]}")
+    train.main([*options, *clean, "--num_epochs", "21", "--num_workers", "1"])
     assert measured[-1][0] < 1.05 * measured[1][0]
     assert measured[-1][1] == measured[1][1]

@@ -1,60 +1,141 @@
+import http.server
 import shutil
+import sys
+import threading
 
 import pytest
-import torch
 
-from tests.golden import NUMBERS
-from tests.test_train_script import ROOT
-from utils import checkpoint, weights
-from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.errors import UserError
+import ablations
+from utils import weights
+from utils.checkpoint import save_checkpoint
+from utils.files import UserError
+from utils.weights import fetch
+
+
+@pytest.fixture(autouse=True)
+def narrow_is_published(monkeypatch, tmp_path):
+    """The narrow network counts as NeRD-Rain-S, and released weights go to a new folder."""
+    monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
+    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch, narrow_weights):
-    """A mirror with one file of weights, of a narrow network that counts as NeRD-Rain-S, and an empty folder for it."""
-    monkeypatch.setitem(checkpoint.PUBLISHED, (8, (1, 1, 1), (1, 2, 4)), "NeRD-Rain-S")
-    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
+def mirror(tmp_path, narrow_weights):
+    """A folder that mirrors one file of released weights."""
     (tmp_path / "mirror" / "NeRD-Rain-S").mkdir(parents=True)
     shutil.copy(narrow_weights, tmp_path / "mirror" / "NeRD-Rain-S" / "Rain200L.pth")
     return str(tmp_path / "mirror")
 
 
-def test_the_list_names_all_weights_and_what_is_here(capsys, mirror):
-    weights.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 11 + 2
-    own = next(line for line in lines if line.startswith("own"))
-    assert "10.53 M" in own and own.endswith("checkpoints/nerd_rain_s.pth") and "not here" not in own
-    line = next(line for line in lines if line.startswith("NeRD-Rain/Rain200L"))
-    assert "22.89 M  41.71 0.9903" in line and "not here: https://drive.google.com/" in line
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.server.ranges.append(wanted)
+        if self.server.content is None:
+            self.send_error(404)
+            return
+        content = self.server.content
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[start : self.server.cut_at])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
 
 
-def test_weights_are_fetched_by_name(capsys, mirror, tmp_path):
+@pytest.fixture
+def host(monkeypatch):
+    """A download host. It sends `content` up to byte `cut_at` and remembers the ranges that were asked for."""
+    pytest.importorskip("gdown", reason="downloads need the extra gdown")
+    monkeypatch.setattr(weights, "RETRIES", 0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.cut_at, server.ranges = None, None, []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/s.pth"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_list_names_all_weights_and_where_they_are(capsys, mirror):
     with pytest.raises(SystemExit, match="no weights NeRD-Rain-S/DDN were released"):
         weights.main(["NeRD-Rain-S/Rain200L", "NeRD-Rain-S/DDN", "--mirror", mirror])
-    lines = capsys.readouterr().out.splitlines()
-    line = next(line for line in lines if line.startswith("NeRD-Rain-S/Rain200L"))
-    assert "not here" not in line and "MiB" in line
-    assert (tmp_path / "released" / "NeRD-Rain-S" / "Rain200L.pth").exists()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"/".join(name) for name in weights.released_weights()} | {"own"} <= set(lines)
+    assert lines["own"].endswith("checkpoints/nerd_rain_s.pth")
+    assert lines["NeRD-Rain-S/Rain200L"].endswith("released/NeRD-Rain-S/Rain200L.pth")
+    assert "22.89 M  not here: https://drive.google.com/" in lines["NeRD-Rain/Rain200L"]
 
 
-def test_hub_builds_the_networks_with_and_without_weights(mirror):
-    def load(name, **options):
-        return torch.hub.load(str(ROOT), name, source="local", **options)
+def test_an_interrupted_download_leaves_nothing_in_place_and_is_resumed(host, narrow_weights, tmp_path):
+    host.content, host.cut_at = narrow_weights.read_bytes(), 1_000_000
+    with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete.*Repeat the command to resume"):
+        fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
+    (part,) = (tmp_path / "new").iterdir()
+    received = part.stat().st_size
+    assert 0 < received <= 1_000_000 and part.suffix == ".part"
+    host.cut_at = None
+    fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
+    assert host.ranges[-1] == f"bytes={received}-"
+    assert (tmp_path / "new" / "s.pth").read_bytes() == host.content
+    assert len(list((tmp_path / "new").iterdir())) == 1
 
-    for name in ("nerd_rain", "nerd_rain_s", "nerd_rain_mprnet"):
-        parameters = sum(p.numel() for p in load(name).parameters())
-        assert parameters == NUMBERS[name]["parameters"]
-    net, own = load("nerd_rain_s", pretrained=True), load_network(OWN_WEIGHTS)
-    assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
-    with pytest.raises(UserError, match=r"no weights of NeRD-Rain of its own; .* pretrained='Rain200L', 'Rain200H'"):
-        load("nerd_rain", pretrained=True)
-    with pytest.raises(UserError, match="NeRD-Rain-MPRNet of its own; the authors' are pretrained='unstated'"):
-        load("nerd_rain_mprnet", pretrained=True)
-    with pytest.raises(UserError, match="no weights NeRD-Rain-S/1 were released"):
-        load("nerd_rain_s", pretrained=1)
+
+def test_only_the_right_network_takes_its_place(host, narrow_weights, tmp_path):
+    other = tmp_path / "other.pth"
+    save_checkpoint(other, state_dict=ablations.build(8, (1, 1, 2)).state_dict())
+    whole = narrow_weights.read_bytes()
+    middle = len(whole) // 2
+    contents = {
+        "sent a web page .*Quota exceeded": b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>",
+        "holds a network of width 8": other.read_bytes(),
+        "damaged": whole[:middle],
+        r"\bdamaged": whole[:middle] + bytes(4000) + whole[middle + 4000 :],
+        "no PyTorch file": b'{"error": "quota"}',
+        "404": None,
+    }
+    path = tmp_path / "released" / "s.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"as it was")
+    for message, content in contents.items():
+        host.content = content
+        with pytest.raises(UserError, match=rf"{host.url}.*({message})"):
+            fetch(host.url, path, "NeRD-Rain-S")
+        assert [file.name for file in path.parent.iterdir()] == ["s.pth"] and path.read_bytes() == b"as it was"
+
+
+def test_google_drive_is_asked_without_a_mirror(monkeypatch, narrow_weights, mirror):
+    asked = []
+
+    def copy(url, path):
+        asked.append(url)
+        shutil.copy(narrow_weights, path)
+
+    monkeypatch.setattr(weights, "download", copy)
+    weights.load_released("NeRD-Rain-S", "SPA-Data")
+    weights.load_released("NeRD-Rain-S", "SPA-Data", mirror="https://another")  # is here by now
     weights.load_released("NeRD-Rain-S", "Rain200L", mirror=mirror)
-    assert load("nerd_rain_s", pretrained="Rain200L").options["dim"] == 8
-    with pytest.raises(UserError, match="leave dim away"):
-        load("nerd_rain_s", pretrained=True, dim=8)
+    assert asked == ["https://drive.google.com/uc?id=1oO5Q4ZDFF983uXL2isYzzdV3BwPXY0Ru"]
+
+
+def test_errors_name_the_pages_to_download_from_and_the_place(mirror, monkeypatch, tmp_path):
+    place = tmp_path / "released" / "NeRD-Rain-S" / "Rain200H.pth"
+    with pytest.raises(UserError) as caught:
+        weights.load_released("NeRD-Rain-S", "Rain200H", mirror=mirror)
+    for text in (f"{mirror}/NeRD-Rain-S/Rain200H.pth does not exist", "1WXjrM50r7m8YjPKZOqmfNeJU57WEjZzc/view", "twg1"):
+        assert text in str(caught.value)
+    assert str(caught.value).endswith(str(place))
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(UserError, match="pip install 'gdown>=6'"):
+        weights.load_released("NeRD-Rain-S", "Rain200H")
+    shutil.copytree(f"{mirror}/NeRD-Rain-S", tmp_path / "released" / "NeRD-Rain", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"NeRD-Rain/Rain200L\.pth holds NeRD-Rain-S, not NeRD-Rain"):
+        weights.load_released("NeRD-Rain", "Rain200L")

@@ -29,33 +29,50 @@ def load_checkpoint(path):
 
     Only tensors and plain containers are unpickled. Raises UserError for a file that is no checkpoint.
     """
+    reason = "incomplete or damaged"
     try:
-        if zipfile.is_zipfile(path):  # older formats are none
+        if zipfile.is_zipfile(path):  # the format since PyTorch 1.6
             with zipfile.ZipFile(path) as archive:
                 if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
-                    raise ValueError("compressed, as torch.save never writes it")  # megabytes could become gigabytes
-                if damaged := archive.testzip():  # torch does not verify checksums
-                    raise ValueError(f"{damaged} is damaged")
+                    reason = "compressed, as torch.save never writes it"  # megabytes could become gigabytes
+                    raise zipfile.BadZipFile
+                if archive.testzip():  # torch does not verify checksums
+                    raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) and str(error) else "incomplete or damaged"
         if "weights_only" in str(error):  # torch advises to disable the check, which would run code from the file
             reason = "it holds more than tensors, or is no PyTorch file"
+        elif isinstance(error, OSError) and error.filename:
+            reason = error.strerror
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
-    parts = content if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
-    if parts.get("ema", {}) in (None, {}):
-        parts = {name: part for name, part in parts.items() if name != "ema"}
-    weights = {name: parts[name] for name in ("state_dict", "ema") if name in parts}
-    if not all(map(holds_weights, weights.values())):
-        raise UserError(
-            f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
-            f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
-        )
-    for name, part in weights.items():
-        parts[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in part.items()}
+    parts = dict(content) if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
+    if parts.get("ema") in (None, {}):
+        parts.pop("ema", None)
+    for name in parts.keys() & {"state_dict", "ema"}:
+        if not holds_weights(parts[name]):
+            raise UserError(
+                f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
+                f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
+            )
+        parts[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in parts[name].items()}
     return parts
+
+
+def holds_weights(part):
+    """Whether this is a dict of names and floating-point tensors on the CPU, all of whose elements are stored."""
+    if not isinstance(part, dict) or not part:
+        return False
+    return all(
+        isinstance(name, str)
+        and torch.is_tensor(tensor)
+        and tensor.device.type == "cpu"  # not "meta", which has no data
+        and tensor.layout == torch.strided
+        and tensor.is_floating_point()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()  # not expanded: kilobytes could become gigabytes
+        for name, tensor in part.items()
+    )
 
 
 def load_newest(*paths):
@@ -74,22 +91,6 @@ def load_newest(*paths):
             "model_best.pth starts from the best weights so far."
         )
     return None, {}, []
-
-
-def holds_weights(part):
-    """Whether this is a dict of names and dense floating-point tensors."""
-    return (
-        isinstance(part, dict)
-        and bool(part)
-        and all(
-            isinstance(name, str)
-            and torch.is_tensor(tensor)
-            and tensor.device.type == "cpu"  # not "meta", which has no data
-            and tensor.layout == torch.strided
-            and tensor.is_floating_point()
-            for name, tensor in part.items()
-        )
-    )
 
 
 def options_of(weights, path):
@@ -120,7 +121,8 @@ def build_network(content, path):
     weights = content.get("ema") or content["state_dict"]
     options = content.get("options") or options_of(weights, path)
     try:
-        blocks, passes = (sum(map(abs, options.get(name, DEFAULTS.get(name, ())))) for name in ("num_blocks", "passes"))
+        options = {**DEFAULTS, **options}
+        blocks, passes = (sum(map(abs, options[name])) for name in ("num_blocks", "passes"))
         if passes * (1 + blocks) > len(weights):  # each pass has weights of its own, and so have its blocks
             raise ValueError(f"more blocks than the {len(weights)} weights in the file")
         with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
@@ -136,11 +138,10 @@ def build_network(content, path):
             for name in wrong[:3]
         )
         raise UserError(f"{path} does not fit {network_name(net)} in {len(wrong)} weights, such as {examples}.")
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(
-            f"{path} holds weights that are not finite: its training diverged, choose an earlier checkpoint."
-        )
-    net.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        raise UserError(f"{path} holds weights that are not finite: training diverged, choose an earlier checkpoint.")
+    net.load_state_dict(weights, assign=True)
     return net
 
 

@@ -4,14 +4,17 @@ import contextlib
 import ctypes
 import os
 import re
+from collections import deque
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from utils.files import UserError
+from utils.files import UserError, counted
 
+DRIVER = Path("/proc/driver/nvidia/version")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+LAST_REDUCED = deque(maxlen=16)
 
 
 def keep_freed_memory():
@@ -29,22 +32,18 @@ def usable_cores():
 
 
 def cpu_warnings():
-    """-> sentences to print before computing on the CPU: an NVIDIA GPU that PyTorch cannot use, cores that are busy."""
+    """-> sentences to print before the CPU computes: an NVIDIA GPU that PyTorch cannot use, cores that are busy."""
     found = []
-    driver = Path("/proc/driver/nvidia/version")
-    if driver.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        version = re.search(r"\d+\.\d+[.\d]*", driver.read_text())
+    if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        version = re.search(r"\d+\.[.\d]+", DRIVER.read_text())
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         found.append(
             f"WARNING: this machine has an NVIDIA GPU (driver {version[0] if version else 'unknown'}), but PyTorch "
             f"{torch.__version__}, built {built}, cannot use it: THE CPU COMPUTES. Update the driver or install "
             "a PyTorch for it (https://pytorch.org/get-started/locally/), or use --gpus cpu if this is intended."
         )
-    load, threads, cores = (
-        os.getloadavg()[0] if hasattr(os, "getloadavg") else 0,
-        torch.get_num_threads(),
-        usable_cores(),
-    )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # not on Windows
+    threads, cores = torch.get_num_threads(), usable_cores()
     if threads > 1 and load + threads > cores + 0.5:
         found.append(
             f"note: other programs keep about {load:.0f} of {cores} cores busy. With more threads than free cores this "
@@ -59,33 +58,38 @@ def add_gpus(parser):
 
 
 def choose_device(gpus=None):
-    """-> torch.device, which is also made PyTorch's current one. `gpus` is a GPU's number, 0 or "0" (of "0,1" the first
-    counts), or "cpu"; None takes a GPU if there is one. Under torchrun each process takes the GPU of its local rank.
-    Raises UserError if the GPU is not there."""
-    if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
+    """-> torch.device, which also becomes PyTorch's current one.
+
+    Args:
+        gpus: a GPU's number, 0 or "0" (of "0,1" the first counts), or "cpu"; None takes a GPU if there is one. Under
+            torchrun each process takes the GPU of its local rank.
+
+    Raises UserError if there is no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == "cpu" or (gpus is None and not count):
         keep_freed_memory()
         return torch.device("cpu")
-    number, count = str(0 if gpus is None else gpus).split(",")[0], torch.cuda.device_count()
-    if "LOCAL_RANK" in os.environ:
-        number = os.environ["LOCAL_RANK"]
-        if int(number) >= count:
-            raise UserError(f"this machine has {count} GPU{'s' * (count != 1)}: use --nproc_per_node {count}.")
+    number = str(0 if gpus is None else gpus).split(",")[0]
     if not (number.isascii() and number.isdecimal()):
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
-    if int(number) >= count:
+    number = int(os.environ.get("LOCAL_RANK", number))
+    if "LOCAL_RANK" in os.environ and 0 < count <= number:
+        raise UserError(f"this machine has {counted(count, 'GPU')}: use --nproc_per_node {count}.")
+    if number >= count:
         raise UserError(
-            f"--gpus {gpus}: PyTorch {torch.__version__} sees {count} GPUs here; leave --gpus out to run on what there "
-            "is, or check the driver with nvidia-smi."
+            f"--gpus {gpus}: PyTorch {torch.__version__} sees {counted(count, 'GPU')} here; omit --gpus to run on what "
+            "there is, or check the driver with nvidia-smi."
         )
-    device = torch.device("cuda", int(number))
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
 @contextlib.contextmanager
 def strict_float32():
-    """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs
-    to TF32, of 10 bits, and pictures then differ from a CPU's by a level here and there."""
+    """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits,
+    and pictures then differ from a CPU's by a level here and there."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
     cudnn.allow_tf32 = False  # not conv.fp32_precision: mixed with it, libraries that read this flag fail
@@ -124,22 +128,27 @@ def reports_lost_processes():
         ) from error
 
 
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Combines a tensor with those of the other processes, in place -> the tensor.
+
+    The last ones are kept alive: gloo's threads would need Python's lock to free them, and PyTorch before 2.8 holds it
+    while it waits for these threads to end (pytorch/pytorch#154976).
+    """
+    LAST_REDUCED.append(tensor)
+    dist.all_reduce(tensor, operation)
+    return tensor
+
+
 def sum_over_processes(tensor):
     """-> the sum of a tensor over all processes, on each of them."""
-    if not dist.is_initialized():
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor
+    return all_reduce(tensor.clone()) if dist.is_initialized() else tensor
 
 
 def largest_over_processes(number, device):
     """-> the largest of a number over all processes, on each of them. On a GPU this waits for its queue."""
     if not dist.is_initialized():
         return number
-    tensor = torch.tensor(float(number), device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
+    return all_reduce(torch.tensor(float(number), device=device), dist.ReduceOp.MAX).item()
 
 
 def equal_over_processes(number, device):

@@ -1,4 +1,10 @@
-"""Examines a data set: what it holds, and what is wrong with it. The command is dataset_RGB.py."""
+"""Says what a data set holds and what is wrong with it.
+
+    python -m utils.doctor Datasets/Rain200L
+
+compares the number of pairs with the published one, and finds pictures without a partner, broken ones, unequal sizes,
+equal pictures, and clean ones that are in both train/ and test/. The exit status is 1 if something is wrong.
+"""
 
 import argparse
 import hashlib
@@ -12,147 +18,124 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dataset_RGB import DATASETS, known_dataset, pair_folder
-from utils.errors import UserError, listed, reports_errors, sentence
+from utils.files import UserError, counted, listed, reports_errors, sentence
+from utils.pairs import DATASETS, known_dataset, pair_folder
 
 THUMBNAIL = 16  # pixels a side
 MOST = 10  # findings of a kind that are printed
 
 
 class Look(NamedTuple):
-    """What is remembered of a picture: (height, width), a digest of its pixels, and a small grey copy."""
+    """What is remembered of a picture."""
 
-    size: tuple
-    digest: bytes
-    thumbnail: np.ndarray
-
-    @classmethod
-    def at(cls, image):
-        small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-        digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(image.shape).encode(), digest_size=16)
-        return cls(image.shape[:2], digest.digest(), small.mean(axis=2).round().astype(np.uint8).ravel())
+    size: tuple  # width, height
+    digest: bytes  # of the pixels
+    thumbnail: np.ndarray  # THUMBNAIL² grey levels
 
 
-class Part(NamedTuple):
-    """A folder with pairs: how many there are, dicts of path -> Look, and sentences about what is wrong."""
-
-    folder: Path
-    pairs: int
-    rainy: dict
-    clean: dict
-    problems: list
+def look(image):
+    """H×W×3 uint8 -> Look."""
+    small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).mean(axis=2)
+    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(image.shape).encode(), digest_size=16)
+    return Look(image.shape[1::-1], digest.digest(), small.round().astype(np.uint8).ravel())
 
 
-def examine(folder, clean_half=None):
-    """Reads all pictures of a folder with input/ and target/ (or of halves side by side) -> Part."""
-    pairs, problems = pair_folder(folder, clean_half)
+def examine(pairs, name):
+    """Reads all pairs -> dicts of path: Look of the rainy and of the clean pictures, list of sentences about what is
+    wrong."""
 
-    def look(pair):
+    def looks_of(pair):
         try:
-            return [Look.at(image) for image in pair.read()]
+            return [look(image) for image in pair.read()]
         except UserError as error:
-            return str(error)
+            return error
 
-    rainy, clean = {}, {}
+    rainy, clean, problems = {}, {}, []
     with ThreadPoolExecutor() as pool:
-        for pair, found in zip(pairs, tqdm(pool.map(look, pairs), str(folder), len(pairs), unit="pair", disable=None)):
-            if isinstance(found, str):
-                problems.append(found)
+        looks = tqdm(pool.map(looks_of, pairs), name, len(pairs), unit="pair", disable=None)
+        for pair, found in zip(pairs, looks):
+            if isinstance(found, UserError):
+                problems.append(sentence(found))
                 continue
             rainy[pair.input], clean[pair.target] = found
             if found[0].digest == found[1].digest:
                 problems.append(f"{pair.input} is the same picture as its clean one")
-    return Part(folder, len(pairs), rainy, clean, problems)
+    return rainy, clean, problems
 
 
 def equal_pictures(looks):
     """-> list of sentences about files with exactly the same pixels."""
-    groups = defaultdict(list)
-    for path, look in looks.items():
-        groups[look.digest].append(str(path))
-    return [" = ".join(paths) for paths in groups.values() if len(paths) > 1]
+    paths_of = defaultdict(list)
+    for path, found in looks.items():
+        paths_of[found.digest].append(str(path))
+    return [" = ".join(paths) for paths in paths_of.values() if len(paths) > 1]
 
 
 def overlap(train, test, block=4096):
-    """-> list of sentences about clean pictures of the test set that training would show: pictures whose thumbnails
-    differ by less than one of 255 levels (root mean square), so that other sizes and formats are found, too."""
-    found, train_paths = [], list(train)
-    queries = np.array([look.thumbnail for look in test.values()], np.float32).reshape(-1, THUMBNAIL**2)
+    """-> list of sentences about clean pictures of the test set that training would show: those whose thumbnails differ
+    by less than one of 255 levels (root mean square), so that copies of other sizes and formats are found, too."""
+    found, train_paths, test_paths = [], list(train), list(test)
+    queries = np.array([test[path].thumbnail for path in test_paths], np.float32).reshape(-1, THUMBNAIL**2)
     for start in range(0, len(train), block):
         keys = np.array([train[path].thumbnail for path in train_paths[start : start + block]], np.float32)
         squares = (queries**2).sum(1)[:, None] + (keys**2).sum(1) - 2 * queries @ keys.T
         for query, key in zip(*np.nonzero(squares < THUMBNAIL**2)):
-            found.append(f"{list(test)[query]} looks like {train_paths[start + key]}")
+            found.append(f"{test_paths[query]} looks like {train_paths[start + key]}")
     return found
 
 
-def published_pairs(part, dataset):
-    """How many pairs a data set should have here; None where that is not known."""
-    if dataset is None:
-        return None
-    return DATASETS[dataset].train_pairs if part.folder.name == "train" else DATASETS[dataset].test_pairs
-
-
-def describe(part, dataset):
-    """-> a line with the number of pairs beside the published one and the commonest sizes."""
-    published = f" of {published_pairs(part, dataset)} published" if dataset else ""
-    sizes = Counter(look.size for look in part.rainy.values()).most_common()
-    shown = ", ".join(f"{width}×{height} ({count})" for (height, width), count in sizes[:4])
-    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
-    return f"{part.folder}: {part.pairs} pairs{published}, {len(part.clean)} clean pictures; {shown}{more}"
-
-
-def count_problems(root, parts, dataset):
-    """-> list of sentences about parts that are not there or do not have the published number of pairs."""
-    if dataset is None:
-        return []
-    found = {part.folder.name for part in parts}
-    problems = [
-        f"{part.folder} has {part.pairs} pairs, {dataset} has {published_pairs(part, dataset)}"
-        for part in parts
-        if part.pairs != published_pairs(part, dataset)
-    ]
-    if found & {"train", "test"} and root.name not in ("train", "test"):
-        for name, pairs in (("train", DATASETS[dataset].train_pairs), ("test", DATASETS[dataset].test_pairs)):
-            if pairs and name not in found:
-                problems.append(f"{root / name} is not there, {dataset} has {pairs} pairs in it")
-    return problems
+def sizes_of(looks, most=4):
+    """-> the commonest sizes of pictures and how many have them, such as "481×321 (120), 321×481 (80)"."""
+    counts = Counter(found.size for found in looks.values()).most_common()
+    sizes = [f"{width}×{height} ({count})" for (width, height), count in counts]
+    return ", ".join(sizes[:most]) + (f" and {len(sizes) - most} more sizes" if len(sizes) > most else "")
 
 
 @reports_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="dataset_RGB.py", description="Says what a data set holds and what is wrong with it."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder with train/ and test/, or with input/ and target/")
-    parser.add_argument("--clean_half", choices=("left", "right"), help="pictures hold both halves side by side")
+    parser.add_argument("--clean_half", choices=("left", "right"), help="of pictures that hold both side by side")
     args = parser.parse_args(argv)
-    folders = [args.root / name for name in ("train", "test") if (args.root / name).is_dir()] or [args.root]
+    folders = [args.root / name for name in ("train", "test") if (args.root / name).is_dir()]
     dataset = known_dataset(args.root)
-    parts, unusable = [], []
-    for folder in folders:
+    published = {"train": DATASETS[dataset].train_pairs, "test": DATASETS[dataset].test_pairs} if dataset else {}
+    unusable, miscounted, leaks, equal_rainy, equal_clean, clean_looks = [], [], [], [], [], {}
+    for folder in folders or [args.root]:
         try:
-            parts.append(examine(folder, args.clean_half))
+            pairs, unpaired = pair_folder(folder, args.clean_half)
         except UserError as error:
             unusable.append(sentence(error))
-    for part in parts:
-        print(describe(part, dataset))
-    by_name = {part.folder.name: part for part in parts}
-    leaks = overlap(by_name["train"].clean, by_name["test"].clean) if {"train", "test"} <= set(by_name) else []
-    problems = {
-        "cannot be used": [*unusable, *(problem for part in parts for problem in part.problems)],
-        "not the published number of pairs": count_problems(args.root, parts, dataset),
+            continue
+        rainy, clean, problems = examine(pairs, str(folder))
+        unusable += unpaired + problems
+        equal_rainy += equal_pictures(rainy)
+        equal_clean += equal_pictures(clean)
+        clean_looks[folder.name] = clean
+        expected = published.get("train" if folder.name == "train" else "test")
+        beside = f" of {expected} published" if dataset else ""
+        print(f"{folder}: {counted(len(pairs), 'pair')}{beside}, {len(clean)} clean pictures; {sizes_of(rainy)}")
+        if dataset and len(pairs) != expected:
+            miscounted.append(f"{folder} has {counted(len(pairs), 'pair')}, {dataset} has {expected}")
+    for name, count in published.items():
+        if folders and count and not (args.root / name).is_dir():
+            miscounted.append(f"{args.root / name} is missing, {dataset} has {count} pairs in it")
+    if {"train", "test"} <= set(clean_looks):
+        leaks = overlap(clean_looks["train"], clean_looks["test"])
+    findings = {
+        "cannot be used": unusable,
+        "not the published number of pairs": miscounted,
         "clean pictures in both train and test": leaks,
+        "note: rainy pictures with the same pixels": equal_rainy,
+        "note: clean pictures with the same pixels": equal_clean,
     }
-    notes = {
-        f"note: {kind} pictures with the same pixels": [
-            s for part in parts for s in equal_pictures(getattr(part, kind))
-        ]
-        for kind in ("rainy", "clean")
-    }
-    for kind, sentences in (problems | notes).items():
+    for kind, sentences in findings.items():
         if sentences:
             print(f"{kind} ({len(sentences)}):{listed(sentences, MOST)}")
-    if any(problems.values()):
+    if unusable or miscounted or leaks:
         sys.exit(1)
-    print("nothing is wrong with it")
+    print("no problems found")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,15 +4,16 @@ import contextlib
 import csv
 import errno
 import functools
-import glob
 import io
 import json
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -20,15 +21,14 @@ from pathlib import Path
 import cv2
 import numpy
 import PIL
-import torch
-import torchvision
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR)
+# The last two mean that the folder to write to is a file.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class UserError(Exception):
@@ -52,8 +52,9 @@ def listed(lines, most=20):
 
 
 def out_of_memory(error):
-    """Whether an error means that GPU or main memory is used up; for the latter PyTorch has no class."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error means that GPU or main memory is used up; for the latter PyTorch raises a plain RuntimeError."""
+    gpu = type(error).__name__ == "OutOfMemoryError"  # PyTorch's
+    return gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def reports_errors(main):
@@ -66,7 +67,8 @@ def reports_errors(main):
         logging.basicConfig(format="%(message)s")
         logging.getLogger("utils").setLevel(logging.INFO)
         # Silences library warnings about broken pictures: our sentences name those.
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        set_log_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel  # OpenCV 4, 5
+        set_log_level(0)  # silent
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module="PIL")
         try:
@@ -77,8 +79,8 @@ def reports_errors(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more
             sys.exit(1)
         except OSError as error:
-            where = f"{error.filename} cannot be used" if error.filename else "a file cannot be read or written"
-            sys.exit(f"error: {where} ({error.strerror or error}): check its path, its permissions and the free space.")
+            what = f"{error.filename} cannot be used" if error.filename else "a file cannot be read or written"
+            sys.exit(f"error: {what} ({error.strerror or error}): check its path, its permissions and the free space.")
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -91,21 +93,28 @@ def reports_errors(main):
 
 
 def short_name(name):
-    """-> a name for temporary files of a file, however long its own name is."""
-    return f"{name[:55]}.{zlib.crc32(os.fsencode(name)):08x}"
+    """-> a name for temporary files of a file, short however long its own name is."""
+    return f"{name[:25]}.{zlib.crc32(os.fsencode(name)):08x}"
 
 
-def remove_abandoned(path):
-    """Removes what killed processes of this machine left where they wrote `path`."""
-    prefix = f".{short_name(path.name)}.{socket.gethostname()}-"
-    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        number = left.name.removeprefix(prefix).removesuffix(".tmp")
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, OSError):  # not ours
-            continue
+def is_running(process):
+    """Whether a process with this number exists on this machine."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # EPERM: it is another user's
+    return True
+
+
+@functools.cache  # once per folder: listing a large one for every file would take long
+def remove_abandoned(folder, host):
+    """Removes temporary files that killed processes of this machine left in a folder."""
+    pattern = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(host)}-(\d{{1,9}})-\d+\.tmp")
+    with contextlib.suppress(OSError):  # a folder that cannot be tidied may still be written to
+        for path in folder.iterdir() if fcntl else ():  # on Windows, signal 0 is Ctrl-C
+            writer = pattern.fullmatch(path.name)
+            if writer and not is_running(int(writer[1])):
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -116,11 +125,12 @@ def atomic_path(path, previous=None):
     `previous` keeps the file that is replaced: one of the two exists at any time. Parent folders are created. A full
     disk, a read-only folder and the like raise UserError.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{short_name(path.name)}.{socket.gethostname()}-{os.getpid()}.tmp")
+    path, host = Path(path), socket.gethostname()[:64]
+    writer = f"{host}-{os.getpid()}-{threading.get_native_id()}"
+    temporary = path.with_name(f".{short_name(path.name)}.{writer}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
+        remove_abandoned(path.parent, host)
         yield temporary
         if previous and path.exists():
             os.replace(path, previous)
@@ -203,14 +213,14 @@ def read_json_lines(path):
 
 def software():
     """-> dict of the versions that results depend on, and of this repository's commit (None outside a clone)."""
+    import torch  # here, as PyTorch takes seconds to import and many who write files do without
+    import torchvision
+
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed
         commit = ""
     modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "opencv": cv2, "pillow": PIL}
-    return {
-        "commit": commit or None,
-        "python": platform.python_version(),
-        **{name: module.__version__ for name, module in modules.items()},
-    }
+    versions = {name: module.__version__ for name, module in modules.items()}
+    return {"commit": commit or None, "python": platform.python_version(), **versions}

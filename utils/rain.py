@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError, counted, listed, reports_errors
-from utils.images import find_pictures, read_image, write_png
+from utils.files import UserError, counted, listed, reports_errors
+from utils.pictures import find_pictures, read_image, write_png
 
 
 class Style(NamedTuple):

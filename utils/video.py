@@ -1,83 +1,65 @@
-"""Deraining clips with PyAV, which brings its own ffmpeg libraries.
+"""Deraining clips with PyAV, which brings its own FFmpeg libraries: frame by frame, in constant memory."""
 
-A clip is derained frame by frame, in constant memory, into segments that lie in a folder beside the result; at the end
-they are joined with the clip's sound. The same command goes on after the segments that it finds.
-"""
-
-import glob
-import hashlib
 import heapq
 import itertools
 import logging
-import os
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from utils.errors import UserError, sentence
-from utils.files import atomic_write, disk_failed, short_name
-from utils.images import is_picture, peak_value
+from utils.files import UserError, atomic_write
+from utils.pictures import CLIP_ENDINGS, peak_value
 
 try:
     import av
 except ImportError:
     av = None
 
-EXTENSIONS = {".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm", ".mpg", ".mpeg", ".ts"}
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # of results; other clips become .mp4
-LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # of as many channels, where a file names none
-SEGMENT = 24  # frames; what a killed run loses at most
-# Without B-frames, packets come in the order of their frames, and segments of any frame rates can be joined. Without
-# mbtree, small pictures give the same bytes in every run; with it, x264 reads memory that it has not written.
-ENCODER = {"crf": "17", "bf": "0", "mbtree": "0"}
-# In pictures blurred by BLUR pixels, which hardly any rain survives, levels of 255: how far the frames before and after
-# may differ where a scene is still, and how far the one between them, in which a ball may pass.
+LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")  # by number of channels, for files without any
+ENCODER = {"crf": "17", "bf": "0"}  # without B-frames, packets come in the order of their frames, from time 0 on
+# For frames blurred by BLUR pixels, which hardly any rain survives, in levels of 255: how far the frames before and
+# after may differ where a scene is still, and how far the one between them, in which a ball may pass.
 BLUR, MOVED, PASSED = 2, 4, 20
 logger = logging.getLogger(__name__)
 
 
-def split_clips(sources):
-    """Files, folders and glob patterns -> (the clips that they name, the sources that are left for pictures). Clips in
-    a folder are left alone: photographs of telephones come with clips that nobody asked for.
+def is_clip(path):
+    """Whether a file is named like a video."""
+    return Path(path).suffix.lower() in CLIP_ENDINGS
 
-    Raises UserError if there are clips but no PyAV.
-    """
-    clips, rest = [], []
-    for source in sources:
-        paths = [Path(source)] if Path(source).exists() else sorted(map(Path, glob.glob(source, recursive=True)))
-        found = [path for path in paths if path.suffix.lower() in EXTENSIONS and path.is_file()]
-        clips += found
-        if not found or any(map(is_picture, paths)):
-            rest.append(source)
-    if clips and av is None:
-        raise UserError(f"{clips[0]} is a video, which PyAV reads and writes: pip install -r requirements-extras.txt")
-    return list(dict.fromkeys(clips)), rest
+
+def result_path(clip, output_dir):
+    """Where a clip's result goes. Another container's ending follows the clip's own: clip.webm and clip.mp4 are two
+    clips."""
+    clip = Path(clip)
+    return Path(output_dir, clip.name if clip.suffix.lower() in CONTAINERS else f"{clip.name}.mp4")
 
 
 class Clip:
-    """A video file, open for reading; `damaged` tells whether a part of it could not be read.
+    """A video file, open for reading. `damaged` tells whether a part of it could not be read, `length` about how many
+    frames it has.
 
-    Raises UserError for a file that is missing or no video.
+    Raises UserError for a file that is missing or no video, and without PyAV.
     """
 
     def __init__(self, path):
+        if av is None:
+            raise UserError(f"{path} is a video, which needs PyAV: pip install -r requirements-extras.txt")
         try:
             self.container = av.open(str(path), metadata_errors="replace")
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be read as a video ({error.strerror}): replace or remove it.") from error
         self.path, self.damaged = path, False
-        self.start, self.duration = (
-            Fraction(time or 0, av.time_base) for time in (self.container.start_time, self.container.duration)
-        )
+        self.start = Fraction(self.container.start_time or 0, av.time_base)  # seconds
+        self.duration = Fraction(self.container.duration or 0, av.time_base)
         self.video = self.container.streams.best("video")
         if self.video is None:
-            raise UserError(f"{path} holds no moving pictures: remove it.")
+            raise UserError(f"{path} has no video stream: remove it.")
         self.rate = self.video.average_rate or Fraction(25)
-        self.length = self.video.frames or round(self.duration * self.rate)  # in frames; an estimate
+        self.length = self.video.frames or round(self.duration * self.rate)
 
     def __enter__(self):
         return self
@@ -99,7 +81,7 @@ class Clip:
         self.damaged |= end < self.start + self.duration - 1  # second; durations are rounded
 
     def frames(self):
-        """The frames that can be decoded, in order; their times always increase, which encoders insist on."""
+        """The frames that can be decoded, in order. Their times always increase, as encoders require."""
         step, last = max(1, round(1 / (self.rate * self.video.time_base))), None
         for packet in self.packets():
             if packet.stream is not self.video:
@@ -117,27 +99,27 @@ class Clip:
                 yield frame
 
 
-def to_array(frame, like):
-    """A frame -> H×W×3 RGB, upright, of the size of the frame `like`; uint16 where that has more than 8 bits."""
-    depth = "rgb48le" if like.format.components[0].bits > 8 else "rgb24"
-    return np.rot90(frame.to_ndarray(format=depth, width=like.width, height=like.height), turns(like))
+def to_array(frame, first):
+    """A frame -> H×W×3 RGB, upright, in the size of the clip's first frame; uint16 where that has more than 8 bits."""
+    depth = "rgb48le" if first.format.components[0].bits > 8 else "rgb24"
+    return np.rot90(frame.to_ndarray(format=depth, width=first.width, height=first.height), quarter_turns(first))
 
 
-def turns(frame):
+def quarter_turns(frame):
     """How many quarter turns, counterclockwise, bring a frame upright."""
     return round(frame.rotation / 90)
 
 
 def pixel_format(frame):
     """The pixel format to encode in: the frame's own where H.264 has it and its size allows."""
-    name = frame.format.name.replace("yuvj", "yuv")  # their full range of values is said elsewhere
+    name = frame.format.name.replace("yuvj", "yuv")  # color_range says that their range of values is full
     deep = "10le" if frame.format.components[0].bits > 8 else ""
     if name not in {f"yuv{chroma}p{deep}" for chroma in (420, 422, 444)}:
         name = f"yuv420p{deep}"
-    return f"yuv444p{deep}" if frame.width % 2 or frame.height % 2 else name  # halved colours need even sides
+    return f"yuv444p{deep}" if frame.width % 2 or frame.height % 2 else name  # subsampling needs even sides
 
 
-def steady(before, now, after):
+def steady_frame(before, now, after):
     """The second of three derained frames, H×W×3, without flicker: the median of the three wherever nothing moves."""
     frames = [frame.astype(np.float32) for frame in (before, now, after)]
     first, middle, last = (cv2.GaussianBlur(frame, (0, 0), BLUR) for frame in frames)
@@ -147,163 +129,106 @@ def steady(before, now, after):
 
 
 def steadied(results):
-    """An iterable of (key, derained frame) -> the same with `steady` frames, each once the next one has come."""
+    """Iterable of (key, derained frame) -> yields (key, steady frame), each after the next one has come."""
     before = now = None
     for after in itertools.chain(results, [None]):
         if now:
-            yield now[0], steady(*(frame[1] for frame in (before or now, now, after or now)))
+            yield now[0], steady_frame(*(frame[1] for frame in (before or now, now, after or now)))
         before, now = now, after
 
 
-def write_segment(path, results, like, clip):
-    """Encodes results, an iterable of ((time, duration), H×W×3 array), with the colours and times of the clip's frame
-    `like`, as H.264 in NUT, a container that keeps every clip's times exactly."""
-    with atomic_write(path) as file, av.open(file, "w", format="nut") as segment:
-        stream = segment.add_stream("libx264", rate=clip.rate, options=ENCODER)
-        encoder = stream.codec_context
-        encoder.time_base = clip.video.time_base
-        encoder.pix_fmt = pixel_format(like)
-        encoder.width, encoder.height = like.width, like.height
-        encoder.sample_aspect_ratio = clip.video.sample_aspect_ratio or Fraction(1)
-        if turns(like) % 2:
-            encoder.width, encoder.height = like.height, like.width
-            encoder.sample_aspect_ratio = 1 / encoder.sample_aspect_ratio
-        for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-            setattr(encoder, name, getattr(like, name))
-        for (time, duration), image in results:
-            frame = av.VideoFrame.from_ndarray(image, "rgb24" if image.dtype == np.uint8 else "rgb48le")
-            frame.colorspace, frame.color_range = like.colorspace, like.color_range
-            frame = frame.reformat(format=encoder.pix_fmt)
-            frame.pts, frame.duration, frame.time_base = time, duration, clip.video.time_base
-            segment.mux(encoder.encode(frame))
-        segment.mux(encoder.encode(None))
+def add_video(target, clip, first):
+    """Adds an H.264 stream to the result's container, with the rate, size, depth and colours of the clip's frames."""
+    stream = target.add_stream("libx264", rate=clip.rate, options=ENCODER)
+    encoder = stream.codec_context
+    encoder.time_base = clip.video.time_base
+    encoder.pix_fmt = pixel_format(first)
+    encoder.width, encoder.height = first.width, first.height
+    encoder.sample_aspect_ratio = clip.video.sample_aspect_ratio or Fraction(1)
+    if quarter_turns(first) % 2:
+        encoder.width, encoder.height = first.height, first.width
+        encoder.sample_aspect_ratio = 1 / encoder.sample_aspect_ratio
+    for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+        setattr(encoder, name, getattr(first, name))
+    return stream
 
 
-def join(segments, path, output, comment):
-    """Writes segments as one file, with a comment and with the sound of the clip `path`, which is copied as it is
-    -> whether the container took all of it. Of damaged sound it refuses packets, which are left out."""
-    whole = True
-    with (
-        Clip(path) as clip,
-        av.open(segments[0]) as first,
-        atomic_write(output) as file,
-        av.open(file, "w", format=CONTAINERS[output.suffix.lower()]) as target,
-    ):
-        target.metadata["comment"] = comment
-        video = target.add_stream_from_template(first.streams.video[0], opaque=True)
-        video.codec_context.framerate = clip.rate
-        tracks = {}
-        for track in clip.container.streams.audio:
-            if not getattr(track, "sample_rate", None):  # none of its packets could be read, or its kind is unknown
-                whole = False
-                continue
-            try:
-                tracks[track] = target.add_stream_from_template(track)
-            except ValueError:
-                logger.warning(
-                    "%s: its %s sound was left out, as %s files hold no such; first copy the clip to .mkv to keep it",
-                    *(path, track.name, output.suffix),
-                )
-                continue
-            layout = track.codec_context.layout
-            if layout.name.endswith("channels") and layout.nb_channels <= len(LAYOUTS):  # AVI's have no name
-                tracks[track].codec_context.layout = LAYOUTS[layout.nb_channels - 1]
-
-        def pictures():
-            for segment in segments:
-                with av.open(segment) as container:
-                    yield from ((video, packet) for packet in container.demux(video=0))
-
-        def timed(packets):
-            for stream, packet in packets:
-                if packet.pts is not None:  # the last packet is empty, to flush a decoder
-                    packet.stream = stream
-                    packet.pts = packet.dts = packet.pts - round(clip.start / packet.time_base)
-                    yield packet
-
-        sound = ((tracks[packet.stream], packet) for packet in clip.packets() if packet.stream in tracks)
-        for packet in heapq.merge(timed(pictures()), timed(sound), key=lambda packet: packet.pts * packet.time_base):
-            try:
-                target.mux(packet)
-            except av.FFmpegError as error:
-                if packet.stream is video or isinstance(error, OSError):  # such as a full disk's
-                    raise
-                whole = False
-    return whole
+def encoded(stream, results, clip):
+    """Iterable of ((time, duration), derained frame) -> yields its packets; the clip's start becomes time 0."""
+    encoder = stream.codec_context
+    for (time, duration), image in results:
+        frame = av.VideoFrame.from_ndarray(image, "rgb24" if image.dtype == np.uint8 else "rgb48le")
+        frame.colorspace, frame.color_range = encoder.colorspace, encoder.color_range
+        frame = frame.reformat(format=encoder.pix_fmt)
+        frame.pts, frame.duration = time - round(clip.start / encoder.time_base), duration
+        frame.time_base = encoder.time_base
+        yield from stream.encode(frame)
+    yield from stream.encode(None)
 
 
-def is_derained(output, digest):
-    """Whether a result is there that was made with this digest."""
-    try:
-        with av.open(output) as clip:
-            return {name.lower(): value for name, value in clip.metadata.items()}.get("comment") == digest
-    except av.FFmpegError:
-        return False
-
-
-def digest_of(settings, *paths):
-    """-> a short name that changes with the settings and with the files."""
-    facts = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
-    return hashlib.sha256(repr((settings, facts, SEGMENT, ENCODER, av.__version__)).encode()).hexdigest()[:12]
-
-
-def derain_clip(path, output, derainer, digest, damp):
-    """Derains a clip to a file, unless it is there already; goes on where a call with the same digest stopped.
-
-    Raises UserError for what is no video, and for a damaged one, of which what can be read is derained.
-    """
-    name = short_name(output.name)
-    work = output.with_name(f"{name}.{digest}.parts")
-    complete = is_derained(output, digest)
-    for folder in output.parent.glob(f"{glob.escape(name)}.{'[0-9a-f]' * len(digest)}.parts"):
-        if complete or folder != work:
-            shutil.rmtree(folder)
-    if complete:
-        logger.info("%s is there already, made of %s with these weights and options", output, path)
-        return
-    done = len(list(work.glob("*.nut")))
-    with Clip(path) as clip:
-        frames = clip.frames()
-        like = next(frames, None)
-        if like is None:
-            raise UserError(f"{path} holds no picture that can be decoded: replace or remove it.")
-        known = 1 if damp and done else 0  # the last frame that was done is needed once more
-        left = itertools.islice(itertools.chain([like], frames), done * SEGMENT - known, None)
-        results = derainer.pictures(((frame.pts, frame.duration), to_array(frame, like)) for frame in left)
-        results = itertools.islice(steadied(results) if damp else results, known, None)
-        bar = {"desc": path.name, "unit": "frame", "initial": done * SEGMENT, "disable": None}
-        results = iter(tqdm(results, total=clip.length, **bar))
-        for first in results:
-            segment = itertools.chain([first], itertools.islice(results, SEGMENT - 1))
-            write_segment(work / f"{done:06}.nut", segment, like, clip)
-            done += 1
-    segments = sorted(work.glob("*.nut"))
-    whole = not clip.damaged and join(segments, path, output, digest)
-    if not whole:
-        join(segments, path, output, "")
-    shutil.rmtree(work)
-    if not whole:
-        raise UserError(f"{path} is damaged or cut off: {output} holds what could be read of it.")
-
-
-def result_path(clip, output_dir):
-    """Where a clip's result goes. Another container's ending stands behind the clip's own: clip.webm and clip.mp4 are
-    two clips, also in two runs."""
-    return output_dir / (clip.name if clip.suffix.lower() in CONTAINERS else f"{clip.name}.mp4")
-
-
-def derain_clips(outputs, derainer, weights, settings, damp=False):
-    """Derains the clips of a dict of input path -> result path -> dict of a clip's path -> why it, or a part of it,
-    could not be done. What was made with the same weights, a path, and the same settings is kept. `damp` damps flicker
-    (`steady`)."""
-    problems = {}
-    for path, output in outputs.items():
+def add_sound(target, clip):
+    """Adds the clip's sound streams to the result's container -> dict of the clip's stream -> the added one. Kinds that
+    the container cannot hold are left out."""
+    streams = {}
+    for sound in clip.container.streams.audio:
+        if not getattr(sound, "sample_rate", None):  # none of its packets could be read, or its kind is unknown
+            clip.damaged = True
+            continue
         try:
-            derain_clip(path, output, derainer, digest_of((settings, damp), path, weights), damp)
-        except UserError as error:
-            if disk_failed(error):
-                raise
-            problems[path] = sentence(error)
-        except (av.FFmpegError, OSError) as error:
-            problems[path] = f"{path} cannot be derained ({error.strerror}): convert or remove it."
-    return problems
+            streams[sound] = target.add_stream_from_template(sound)
+        except ValueError:
+            logger.warning(
+                f"{clip.path}: its {sound.name} sound was left out, as {target.format.name} files cannot hold it; to "
+                "keep it, convert the clip to .mkv first"
+            )
+            continue
+        layout = sound.codec_context.layout
+        if layout.name.endswith("channels") and layout.nb_channels <= len(LAYOUTS):  # AVI's have no name
+            streams[sound].codec_context.layout = LAYOUTS[layout.nb_channels - 1]
+    return streams
+
+
+def copied(streams, clip):
+    """Yields the packets of the clip's sound for the streams of add_sound; the clip's start becomes time 0."""
+    for packet in clip.packets():
+        if packet.stream in streams and packet.pts is not None:  # a stream's last packet is empty
+            packet.stream = streams[packet.stream]
+            packet.pts = packet.dts = packet.pts - round(clip.start / packet.time_base)
+            yield packet
+
+
+def derain_clip(path, output, derainer, steady=False, progress=None):
+    """Derains a clip to a file with H.264 video and the clip's own sound.
+
+    Args:
+        path, output: the clip, and the file that takes its result's name once it is complete (`result_path`)
+        derainer: a Derainer
+        steady: damps flicker (`steady_frame`), which costs no time of the network
+        progress: called with the share of a frame that was just done
+
+    Raises UserError for what cannot be read as a video; and for a damaged one, after deraining what can be decoded.
+    """
+    with Clip(path) as clip, Clip(path) as sound:
+        frames = clip.frames()
+        first = next(frames, None)
+        if first is None:
+            raise UserError(f"{path} has no frame that can be decoded: replace or remove it.")
+        arrays = (((frame.pts, frame.duration), to_array(frame, first)) for frame in itertools.chain([first], frames))
+        results = derainer.pictures(arrays, progress)
+        if steady:
+            results = steadied(results)
+        try:
+            with atomic_write(output) as file, av.open(file, "w", format=CONTAINERS[output.suffix.lower()]) as target:
+                video = add_video(target, clip, first)
+                streams = encoded(video, results, clip), copied(add_sound(target, sound), sound)
+                for packet in heapq.merge(*streams, key=lambda packet: packet.pts * packet.time_base):
+                    try:
+                        target.mux(packet)
+                    except av.FFmpegError as error:
+                        if packet.stream is video or isinstance(error, OSError):  # such as a full disk's
+                            raise
+                        sound.damaged = True
+        except av.FFmpegError as error:
+            raise UserError(f"{path} cannot be derained ({error.strerror}): convert or remove it.") from error
+    if clip.damaged or sound.damaged:
+        raise UserError(f"{path} is damaged or cut off: {output} holds what could be decoded.")

@@ -1,0 +1,110 @@
+"""What training does on a GPU, as far as a CPU can tell: fake CUDA tensors, counted reads, CUDA's layouts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ablations
+import train
+from tests.conftest import make_pairs
+from tests.test_train import arguments
+
+
+class CountsReads(TorchDispatchMode):
+    """Counts how often Python reads a number from a tensor, for which it waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_longer_training_reads_no_more_numbers(narrow_weights, tmp_path, monkeypatch):
+    look, looks = train.Trainer.look, []
+    monkeypatch.setattr(train.Trainer, "look", lambda trainer: (looks.append(len(trainer.unseen)), look(trainer)))
+    counts = []
+    for steps in (2, 4):
+        pairs = make_pairs(tmp_path / str(steps), count=steps)
+        options = [*arguments(pairs, narrow_weights, tmp_path), "--session", str(steps), "--batch_size", "1"]
+        trainer = train.Trainer(train.parse_args([*options, "--ema", "0.9", "--clip_grad", "1"]))
+        trainer.look_steps, looks[:] = train.LOOK_STEPS, []
+        with CountsReads() as reads:
+            trainer.train_epoch()
+        assert looks == [steps]  # at the end of the epoch
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def moved_to_fake_cuda(module):
+    """The same module with CUDA tensors that have no data; to be called under FakeTensorMode."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in [entry for entry in tensors.items() if entry[1] is not None]:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+                tensors[name] = torch.nn.Parameter(fake, tensor.requires_grad) if name in part._parameters else fake
+    return module
+
+
+def leaves_of(loss):
+    """The parameters that a loss's graph ends in."""
+    leaves, seen, ahead = set(), set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node and node not in seen:
+            seen.add(node)
+            ahead += [function for function, _ in node.next_functions]
+            leaves.add(getattr(node, "variable", None))
+    return leaves - {None}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("model", ablations.NETWORKS)
+def test_a_training_step_runs_on_cuda_tensors_without_waiting(pairs_folder, tmp_path, monkeypatch, model, bf16):
+    """A fake tensor refuses to be read and to meet tensors of another device. Autograd's engine asks for a driver if
+    PyTorch was built for CUDA: in its place, all parameters that the loss's graph reaches get a gradient."""
+    options = arguments(pairs_folder, None, tmp_path)
+    options += ["--model", model, "--num_blocks", "1", "1", "1", "--ema", "0.9", "--clip_grad", "1"]
+    trainer = train.Trainer(train.parse_args([*options, *["--bf16"] * bf16]))
+    batch = next(iter(trainer.train_loader))
+    dtypes = []
+
+    def backward(loss):
+        trained = {parameter for parameter in trainer.net.parameters() if parameter.requires_grad}
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and leaves_of(loss) == trained
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast is off
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    with FakeTensorMode() as mode:
+        trainer.device = torch.device("cuda")
+        for name in ("net", "ema", "loss"):
+            moved_to_fake_cuda(getattr(trainer, name))
+        trainer.optimizer = torch.optim.Adam(trainer.net.parameters(), fused=True)
+        trainer.sums = torch.zeros(5, dtype=torch.float64, device="cuda")
+        trainer.net.output_max.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        batch = {name: mode.from_tensor(value) if torch.is_tensor(value) else value for name, value in batch.items()}
+        assert trainer.train_step(batch)
+    assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
+    assert trainer.unseen[0][2].device.type == trainer.sums.device.type == "cuda"
+
+
+@pytest.mark.parametrize("model", ["NeRD-Rain", "NeRD-Rain-S"])
+def test_blocks_stay_channels_last_where_shuffles_are_as_on_cuda(model, monkeypatch):
+    for place, name in ((F, "pixel_shuffle"), (F, "pixel_unshuffle"), (torch, "pixel_shuffle")):
+        shuffle = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda x, factor, shuffle=shuffle: shuffle(x, factor).contiguous())
+    net = ablations.build(**ablations.NETWORKS[model], num_blocks=(1, 1, 1)).to(memory_format=torch.channels_last)
+    layouts = []
+    for block in net.modules():
+        if isinstance(block, ablations.TransformerBlock):
+            block.register_forward_pre_hook(
+                lambda block, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    net(torch.rand(1, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert len(layouts) == 30 and all(layouts)

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablations
+from tests.golden import NUMBERS
+from utils import weights
+from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.files import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name, **options):
+    return torch.hub.load(str(ROOT), name, source="local", **options)
+
+
+@pytest.mark.parametrize("name", ["nerd_rain", "nerd_rain_s", "nerd_rain_mprnet"])
+def test_networks_without_weights(name):
+    assert sum(parameter.numel() for parameter in load(name).parameters()) == NUMBERS[name]["parameters"]
+
+
+def test_own_weights():
+    net, own = load("nerd_rain_s", pretrained=True), load_network(OWN_WEIGHTS)
+    assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"no weights of NeRD-Rain; .* pretrained='Rain200L', 'Rain200H'"):
+        load("nerd_rain", pretrained=True)
+    with pytest.raises(UserError, match="no weights of NeRD-Rain-MPRNet; the authors' are pretrained='unstated'"):
+        load("nerd_rain_mprnet", pretrained=True)
+
+
+def test_released_weights(tmp_path, monkeypatch, narrow_weights):
+    monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
+    monkeypatch.setattr(weights, "RELEASED", tmp_path)
+    (tmp_path / "NeRD-Rain-S").mkdir()
+    (tmp_path / "NeRD-Rain-S" / "Rain200L.pth").write_bytes(narrow_weights.read_bytes())
+    assert load("nerd_rain_s", pretrained="Rain200L").options["dim"] == 8
+    with pytest.raises(UserError, match="no weights NeRD-Rain-S/Rain12 were released"):
+        load("nerd_rain_s", pretrained="Rain12")
+
+
+def test_pictures_are_derained(narrow_weights):
+    picture = torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8).numpy()
+    derain = load("derain", image=picture, weights=narrow_weights, gpus="cpu")
+    assert derain.shape == picture.shape and (derain != picture).any()

@@ -1,0 +1,381 @@
+"""Deraining pictures of any size: by the windows of the published test procedure, by blended tiles, or whole."""
+
+import copy
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from model import INR, MULTIPLE
+from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.devices import choose_device, strict_float32, usable_cores
+from utils.files import UserError, write_json
+from utils.pictures import (
+    channels_of,
+    from_channels,
+    peak_value,
+    read_picture,
+    reflect_pad,
+    to_channels,
+    write_picture,
+)
+
+MODES = ("window", "tile", "whole")
+WINDOW = 256  # pixels; what the paper's tables were made with
+GPU_PIXELS = 8 * 256 * 256  # computed at once
+OVERSHOOT = 0.2  # beyond [0, 1], as resizing leaves it in floating-point pictures
+SETTINGS = "settings.json"  # in the folder of results, how they were made
+logger = logging.getLogger(__name__)
+
+
+def to_tensor(image):
+    """H×W×3 uint8, uint16 or float in [0, 1] -> 3×H×W float32 in [0, 1]."""
+    values = np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(values) / peak_value(image.dtype)
+
+
+def to_image(tensor, dtype=np.uint8):
+    """3×H×W, clamped to [0, 1] -> H×W×3 of that type; integers are rounded to nearest."""
+    values = tensor.clamp(0, 1).permute(1, 2, 0).float().cpu()
+    if np.issubdtype(dtype, np.integer):
+        values = (values * peak_value(dtype)).round()
+    return np.ascontiguousarray(values.numpy().astype(dtype))
+
+
+def window_spans(side, window):
+    """The published windows along one side of a picture -> list of (start, weights of its pixels).
+
+    They lie on a grid from 0. If it does not end at the edge, a last window lies flush with the edge, of which only the
+    strip that the grid leaves uncovered is used."""
+    grid = [(start, np.ones(window, np.float32)) for start in range(0, side - window + 1, window)]
+    covered = len(grid) * window
+    if covered == side:
+        return grid
+    return [*grid, (side - window, (np.arange(side - window, side) >= covered).astype(np.float32))]
+
+
+def tile_spans(side, tile, overlap):
+    """Evenly spread tiles along one side, with at least that overlap -> list of (start, weights of its pixels).
+
+    Weights fade linearly over an overlap; those of all tiles sum to 1 in every pixel."""
+    count = max(1, -(-(side - overlap) // (tile - overlap)))
+    starts = [round(start) for start in np.linspace(0, side - tile, count)]
+    edge_distance = np.minimum(np.arange(tile) + 0.5, np.arange(tile)[::-1] + 0.5)
+    fade = np.minimum(edge_distance / max(overlap, 0.5), 1)
+    total = np.zeros(side)
+    for start in starts:
+        total[start : start + tile] += fade
+    return [(start, (fade / total[start : start + tile]).astype(np.float32)) for start in starts]
+
+
+class Canvas:
+    """A picture H×W×3 and its result, which windows complete row by row, from left to right.
+
+    Sums of overlapping windows exist for one row of windows only. Rows and columns are spans, as above; where they
+    reach beyond the picture, it is padded by reflection.
+    """
+
+    def __init__(self, key, image, rows, columns):
+        self.key, self.rows, self.columns = key, rows, columns
+        self.added, self.count = 0, len(rows) * len(columns)  # windows
+        self.result = np.empty(image.shape, image.dtype)
+        height, width = (spans[-1][0] + len(spans[-1][1]) for spans in (rows, columns))
+        self.image = image if image.shape[:2] == (height, width) else reflect_pad(image, height, width)
+        self.sums = torch.zeros(3, len(rows[0][1]), width)
+
+    def windows(self):
+        """Yields each window, 3×h×w."""
+        for top, row_weights in self.rows:
+            for left, column_weights in self.columns:
+                yield to_tensor(self.image[top : top + len(row_weights), left : left + len(column_weights)])
+
+    def add(self, derained):
+        """Adds the next window's result, 3×h×w."""
+        row, column = divmod(self.added, len(self.columns))
+        (top, row_weights), (left, column_weights) = self.rows[row], self.columns[column]
+        weights = torch.from_numpy(row_weights[:, None] * column_weights)
+        self.sums[:, :, left : left + len(column_weights)] += derained * weights
+        self.added += 1
+        if column < len(self.columns) - 1:
+            return
+        bottom = top + len(row_weights) if self.added == self.count else self.rows[row + 1][0]
+        finished, rest = self.sums.split([bottom - top, len(row_weights) - (bottom - top)], dim=1)
+        height, width = self.result.shape[:2]
+        self.result[top:bottom] = to_image(finished, self.result.dtype)[: height - top, :width]
+        self.sums = torch.cat([rest, torch.zeros_like(finished)], dim=1)
+
+
+def ahead(items, count):
+    """Yields an iterator's items, `count` of them later than it takes them."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def eightfold(forward, x):
+    """The mean over the eight symmetries of a square (the geometric self-ensemble of EDSR, arXiv 1707.02921)."""
+    total = 0
+    for turns in range(4):
+        for flip in ((), (3,)):
+            turned = torch.rot90(x, turns, (2, 3)).flip(flip).contiguous(memory_format=torch.channels_last)
+            total = total + torch.rot90(forward(turned).flip(flip), -turns, (2, 3))
+    return total / 8
+
+
+def in_bfloat16(net):
+    """A copy whose layers have the bfloat16 weights that autocast would otherwise cast in every pass.
+
+    The first layers of INRs stay in float32, as INR.forward sums their weights before autocast casts the sum."""
+    net = copy.deepcopy(net)
+    summed = {module.imnet.layers[0] for module in net.modules() if isinstance(module, INR)}
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in summed:
+            module.bfloat16()
+    return net
+
+
+class Derainer:
+    """Derains pictures of any size with one network.
+
+    Pictures are H×W×3 RGB arrays, uint8, uint16 or float32 in [0, 1]; results have the same size and type.
+
+    Args:
+        net: the network, on its device; it is put into evaluation mode and channels-last format
+        mode: "tile": overlapping windows, blended without seams. "window": windows of the published test procedure,
+            each by itself. "whole": the picture at once. A side shorter than the window is reflected to the next
+            multiple of 16.
+        window: side of windows and tiles, a multiple of 16. It changes results a little, as channel attention sees all
+            of a window.
+        bf16: computes in bfloat16: faster, and some values change by a level or two
+        ensemble: averages the results of the eight turned and mirrored pictures, in eight times the time
+        compile: compiles the network for full windows (torch.compile), which takes minutes; smaller pictures run
+            without it. Not for mode "whole", where each size of pictures would be compiled anew.
+    """
+
+    def __init__(self, net, mode="tile", window=WINDOW, bf16=False, ensemble=False, compile=False):
+        if window < MULTIPLE or window % MULTIPLE:
+            raise ValueError(f"the window must be a multiple of {MULTIPLE}, not {window}")
+        if mode not in MODES:
+            raise ValueError(f"the mode must be one of {', '.join(MODES)}, not {mode}")
+        if compile and mode == "whole":
+            raise ValueError("compile needs the mode window or tile, not whole")
+        net = net.to(memory_format=torch.channels_last).eval()
+        self.net = in_bfloat16(net) if bf16 else net
+        self.mode, self.window, self.bf16, self.ensemble = mode, window, bf16, ensemble
+        self.device = next(net.parameters()).device
+        self.gpu = self.device.type == "cuda"
+        self.pixels = GPU_PIXELS if self.gpu else 1  # at once; a CPU computes one window at a time
+        self.threads = min(8, usable_cores()) if self.gpu else 1
+        self.compiled = None
+        if compile:
+            self.compile()
+
+    def compile(self):
+        """Compiles the network for full batches of full windows. If that fails, it runs as it is."""
+        net, mode = self.net, "reduce-overhead" if self.gpu else "default"
+        self.compiled = torch.compile(lambda x: net(x)[0], dynamic=False, mode=mode)  # without the smaller images
+        try:
+            self.launch([(None, torch.zeros(3, self.window, self.window))])
+        except Exception as error:  # compilers fail in many ways
+            self.compiled = None
+            logger.warning("note: the network runs uncompiled, as torch.compile failed: %s", str(error).split("\n")[0])
+
+    def forward(self, x):
+        full = x.shape[2:] == (self.window, self.window)
+        return (self.compiled(x) if self.compiled and full else self.net(x)[0]).float()
+
+    def compute(self, x):
+        """Windows B×3×h×w on the device -> their results, float32."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        with torch.inference_mode(), strict_float32(), autocast:
+            return eightfold(self.forward, x) if self.ensemble else self.forward(x)
+
+    def batch_size(self, height, width):
+        return max(1, self.pixels // (height * width))
+
+    def spans(self, side):
+        alone = side < self.window or self.mode == "whole"
+        size = -(-side // MULTIPLE) * MULTIPLE if alone else self.window
+        side = max(side, size)
+        return tile_spans(side, size, size // 8) if self.mode == "tile" else window_spans(side, size)
+
+    def batches(self, pictures):
+        """Iterable of (key, picture) -> lists of (canvas, window), windows of one size, also of several pictures."""
+        batch = []
+        for key, image in pictures:
+            canvas = Canvas(key, image, *map(self.spans, image.shape[:2]))
+            for window in canvas.windows():
+                if batch and (window.shape != batch[0][1].shape or len(batch) == self.batch_size(*window.shape[1:])):
+                    yield batch
+                    batch = []
+                batch.append((canvas, window))
+        if batch:
+            yield batch
+
+    def launch(self, batch):
+        """Starts computing a batch and copying its results to the CPU -> (canvases, results, event that ends the copy).
+
+        The copy is queued right behind the batch: when a later one runs, which may reuse the memory of this one's
+        results, they have been copied."""
+        canvases, windows = map(list, zip(*batch))
+        if self.compiled and windows[0].shape[1:] == (self.window, self.window):
+            windows += windows[-1:] * (self.batch_size(self.window, self.window) - len(windows))
+        x = torch.stack(windows)
+        if self.gpu:
+            x = x.pin_memory()
+        x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        results = self.compute(x).to("cpu", non_blocking=True)  # into pinned memory
+        copied = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
+        return canvases, results, copied
+
+    def pictures(self, pictures, progress=None):
+        """Iterable of (key, picture) -> yields (key, result) in order. A GPU computes a batch while the one before is
+        collected. `progress` is called with the share of a picture that was just done."""
+        for canvases, results, copied in ahead(map(self.launch, self.batches(pictures)), 1):
+            if copied:
+                copied.synchronize()
+            for canvas, result in zip(canvases, results):
+                canvas.add(result)
+                if progress:
+                    progress(1 / canvas.count)
+                if canvas.added == canvas.count:
+                    yield canvas.key, canvas.result
+
+    def files(self, paths, finish, progress=None):
+        """Derains picture files -> yields (path, what finish(path, picture, result) returned, given two Pictures), or
+        the UserError that it or reading raised. Threads read ahead of the network and finish behind it."""
+        unreadable = []
+        with ThreadPoolExecutor(self.threads) as pool:
+
+            def read():
+                futures = ((path, pool.submit(read_picture, path)) for path in paths)
+                for path, future in ahead(futures, self.threads):
+                    try:
+                        picture = future.result()
+                    except UserError as error:
+                        unreadable.append((path, error))
+                        if progress:
+                            progress(1)
+                    else:
+                        yield (path, picture), picture.pixels
+
+            def derained():
+                for (path, picture), pixels in self.pictures(read(), progress):
+                    yield path, pool.submit(finish, path, picture, picture._replace(pixels=pixels))
+
+            for path, future in ahead(derained(), self.threads):
+                try:
+                    outcome = future.result()
+                except UserError as error:
+                    outcome = error
+                yield path, outcome
+        yield from unreadable
+
+    def __call__(self, image):
+        """Derains one picture."""
+        return next(self.pictures([(None, image)]))[1]
+
+
+def results_settings(weights, derainer):
+    """-> dict of what results depend on, for remember_settings and is_current."""
+    settings = {name: getattr(derainer, name) for name in ("mode", "window", "bf16", "ensemble")}
+    return {"weights": hashlib.sha256(Path(weights).read_bytes()).hexdigest(), **settings}
+
+
+def remembered_settings(folder):
+    """-> what remember_settings wrote there, or None."""
+    try:
+        return json.loads(Path(folder, SETTINGS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remember_settings(folder, settings):
+    """Writes settings to settings.json in a folder of results, if they are others than it holds: earlier results are
+    outdated then. Raises UserError for such a file of another program."""
+    path, remembered = Path(folder, SETTINGS), remembered_settings(folder)
+    if path.exists() and not (isinstance(remembered, dict) and "weights" in remembered):
+        raise UserError(f"{path} does not belong to results: choose another folder for them.")
+    if remembered != settings:
+        write_json(path, settings)
+
+
+def is_current(result, settings, folder=None):
+    """Whether a result exists that was made with these settings, as `folder` (by default its own) remembers."""
+    result, memory = Path(result), Path(folder or Path(result).parent, SETTINGS)
+    matches = result.is_file() and remembered_settings(memory.parent) == settings
+    return matches and result.stat().st_mtime_ns >= memory.stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1)
+def load_derainer(weights, changed, gpus, options):
+    """The Derainer of a checkpoint. `changed`, its time of change, makes a newer file be loaded."""
+    return Derainer(load_network(weights).to(choose_device(gpus)), **dict(options))
+
+
+def derain(
+    image: np.ndarray | Image.Image | str | os.PathLike,
+    weights: str | os.PathLike = OWN_WEIGHTS,
+    output: str | os.PathLike | None = None,
+    gpus: str | int | None = None,
+    **options,
+) -> np.ndarray | Image.Image | Path:
+    """Derains a picture and returns one of the same kind. For many files, clips or networks use Derainer itself.
+
+    Args:
+        image: an array H×W, H×W×1 to 4 (grey or RGB, the last of 2 or 4 is alpha, which stays as it is), uint8, uint16
+            or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written to
+            `output` and whose path is returned
+        weights: a checkpoint, by default this repository's own; it stays loaded for the next call
+        output: where the result of a file goes, a file or a folder, by default results/<its name>.png
+        gpus: number of the GPU, or "cpu"; by default a GPU if there is one
+        options: mode, window, bf16, ensemble and compile, as Derainer takes them
+
+    Raises UserError for a file that cannot be read or written, and ValueError for an array of another kind.
+    """
+    changed = os.stat(weights).st_mtime_ns if os.path.exists(weights) else None
+    derainer = load_derainer(os.fspath(weights), changed, gpus, tuple(sorted(options.items())))
+    if isinstance(image, str | os.PathLike):
+        path, name = Path(image), Path(image).stem + ".png"
+        output = Path(output or Path("results", name))
+        output = output / name if output.is_dir() else output
+        if path.resolve() == output.resolve():
+            raise UserError(f"{path}: its result would overwrite it, choose another output.")
+        picture = read_picture(path)
+        write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
+        return output
+    if isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.asarray(upright) if upright.mode == "F" else channels_of(upright)
+        result = Image.fromarray(derain_array(derainer, pixels))
+        if "icc_profile" in upright.info and upright.mode not in ("CMYK", "YCbCr", "LAB", "HSV"):
+            result.info["icc_profile"] = upright.info["icc_profile"]
+        return result
+    derained = derain_array(derainer, image)
+    return derained.reshape(image.shape)
+
+
+def derain_array(derainer, pixels):
+    """An array as `derain` takes it -> its result, H×W or H×W×2 to 4. Raises ValueError for one of another kind."""
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError(f"expected a NumPy array, a Pillow image or a file's path, not {type(pixels).__name__}")
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape or not 1 <= np.atleast_3d(pixels).shape[2] <= 4:
+        raise ValueError(f"expected a picture, H×W or H×W×1 to 4; not an array of shape {pixels.shape}")
+    if pixels.dtype not in (np.uint8, np.uint16) and not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(f"expected values of type uint8, uint16 or floating-point in [0, 1], not {pixels.dtype}")
+    if np.issubdtype(pixels.dtype, np.floating) and not (pixels.min() >= -OVERSHOOT and pixels.max() <= 1 + OVERSHOOT):
+        raise ValueError(f"expected values in [0, 1], found {pixels.min()} to {pixels.max()}: divide 8-bit ones by 255")
+    picture = from_channels(np.atleast_3d(pixels), {})
+    return to_channels(picture._replace(pixels=derainer(picture.pixels)))
