@@ -28,6 +28,7 @@ from model import (
 )
 
 SCALES = {"small": 4, "mid": 2, "max": 1}  # by how much the input is reduced
+FINER = {"mid": "max", "small": "mid"}  # scale -> the one that feeds back to it
 HEADS = {"small": "INR", "mid": "INR2", "max": "INR3"}
 UPS = {"small": "upsmall2mid", "mid": "upmid2max"}  # what enlarges a latent for a head
 INRS = {  # kind of implicit neural representation -> scales that have a head
@@ -122,17 +123,18 @@ class CoordinateINR(INR):
         features = self.first_layer(x).flatten(2)  # linear, so once is enough for all points
         by_coordinates = first.weight[:, 9 * x.shape[1] :]
         grid = torch.tensor(x.shape[2:], device=x.device)
-        cell = 2 / torch.tensor(size, device=x.device) * grid
-        places = (positions + 1) / 2 * grid - 0.5  # in cells: the centre of cell i lies at i
+        cell_size = 2 / torch.tensor(size, device=x.device) * grid
+        positions_in_cells = (positions + 1) / 2 * grid - 0.5  # the centre of cell i lies at i
         colours = 0
         for corner in ((0, 0), (0, 1), (1, 0), (1, 1)) if self.ensemble else ((0.5, 0.5),):
-            there = (places + torch.tensor(corner, device=x.device)).floor()
-            area = (1 - (places - there).abs()).prod(dim=1) if self.ensemble else torch.ones_like(places[:, 0])
-            there = there.clamp(torch.zeros_like(grid), grid - 1)
-            centre = -1 + (2 * there + 1) / grid
+            cell = (positions_in_cells + torch.tensor(corner, device=x.device)).floor()
+            distance = (positions_in_cells - cell).abs()
+            area = (1 - distance).prod(dim=1) if self.ensemble else torch.ones_like(positions[:, 0])
+            cell = cell.clamp(torch.zeros_like(grid), grid - 1)
+            centre = -1 + (2 * cell + 1) / grid
             encoded = [self.encoded(positions) - self.encoded(centre)] if self.encoding else []
-            inputs = torch.cat([(positions - centre) * grid, *encoded, cell.expand_as(centre)], dim=1)
-            at_cell = features[:, :, (there[:, 0] * grid[1] + there[:, 1]).long()].transpose(1, 2)  # B×N×hidden
+            inputs = torch.cat([(positions - centre) * grid, *encoded, cell_size.expand_as(centre)], dim=1)
+            at_cell = features[:, :, (cell[:, 0] * grid[1] + cell[:, 1]).long()].transpose(1, 2)  # B×N×hidden
             colours = colours + rest(at_cell + F.linear(inputs, by_coordinates, first.bias)) * area[:, None]
         return colours.transpose(1, 2)
 
@@ -192,7 +194,7 @@ class AblationNet(nn.Module):
                     coordinates = CoordinateINR(dim, inr != "no_encoding") if inr.startswith("coord") else None
                     self.add_module(HEADS[scale], coordinates or INR(dim, 2 if inr == "no_encoding" else 18))
         self.fused = []  # BF1, BF2, …: (scale, number of the pass) that is fed back to
-        for scale, finer in (("mid", "max"), ("small", "mid")):
+        for scale, finer in FINER.items():
             if scale in self.passes and FEEDBACKS[feedback]:
                 count = min(len(self.passes[finer]) - 1, len(self.passes[scale]))
                 self.fused += [(scale, number) for number in range(count)]
@@ -205,7 +207,8 @@ class AblationNet(nn.Module):
             self.add_module(f"{UPS[scale]}1", upsample(dim * 4))
             self.add_module(f"{UPS[scale]}2", upsample(dim * 2))
             if inr == "own_encoder":
-                self.add_module(f"{HEADS[scale]}_encoder", own_encoder(dim, blocks))
+                encoder = nn.Sequential(blocks(0), downsample(dim), blocks(1), downsample(dim * 2), blocks(2))
+                self.add_module(f"{HEADS[scale]}_encoder", encoder)
         if passes[2] >= 3 and not own_reduce:
             self.passes["max"][2].reduce_chan_level1 = self.reduce_chan_level1_max2
             self.reduce_chan_level1_max3.requires_grad_(False)
@@ -239,25 +242,26 @@ class AblationNet(nn.Module):
                 features = getattr(self, f"{HEADS[scale]}_embed")(image)
                 image = rendered[scale] = getattr(self, HEADS[scale])(features) + image
             embedded = getattr(self, f"patch_embed_{scale}")(image)
-            latents[scale], skips[scale] = shapes[0].encode(embedded)
+            latent, skips[scale] = shapes[0].encode(embedded)
+            latents[scale] = [latent]  # of each pass, as encoded
             if scale in INRS[self.inr] and self.inr != "own_embedding":
-                own = getattr(self, f"{HEADS[scale]}_encoder", None)
-                latent = own(embedded) if own else latents[scale]
+                encoder = getattr(self, f"{HEADS[scale]}_encoder", None)
+                latent = encoder(embedded) if encoder else latent
                 rendered[scale], handed_on = self.render(scale, image, latent)
 
-        features, finer = {}, []
+        features = {}  # of the scale's last pass so far
         for scale, shapes in reversed(self.passes.items()):  # fine to coarse
-            latent, skip, before = latents[scale], skips[scale], []
+            skip = skips[scale]
             for number, shape in enumerate(shapes):
-                before.append(latent)
+                latent = latents[scale][number]
                 if (scale, number) in self.fused:
                     fusion = getattr(self, f"BF{self.fused.index((scale, number)) + 1}")
-                    latent = latent + resize(fusion(finer[number], finer[number + 1]), 1 / 2)
+                    latent = latent + resize(fusion(*latents[FINER[scale]][number : number + 2]), 1 / 2)
                 features[scale] = shape.decode(latent, skip)
                 if number + 1 < len(shapes):
                     context = f"output_{scale}_context{number + 1 if len(shapes) > 2 else ''}"
                     latent, skip = shapes[number + 1].encode(getattr(self, context)(features[scale]))
-            finer = before
+                    latents[scale].append(latent)
 
         results, handed_on = {}, 0
         for scale in self.passes:  # coarse to fine
@@ -267,13 +271,11 @@ class AblationNet(nn.Module):
         return [results["max"], results["mid"], results.get("small"), *renderings]
 
 
-def own_encoder(dim, blocks):
-    """The first half of a U-shaped pass, without skips."""
-    return nn.Sequential(blocks(0), downsample(dim), blocks(1), downsample(dim * 2), blocks(2))
-
-
 def build(dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4), **ablation):
-    """The network with these options: MultiscaleNet, or AblationNet where it takes one. Raises ValueError."""
+    """The network with these options: MultiscaleNet, or AblationNet where it takes one.
+
+    Raises TypeError for an option that does not exist and ValueError for a value that it cannot have.
+    """
     if heads is not None and DEFAULTS | ablation == DEFAULTS:
         return MultiscaleNet(dim, num_blocks, heads)
     return AblationNet(dim, num_blocks, heads, **ablation)

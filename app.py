@@ -22,8 +22,8 @@ from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer
 from utils.devices import add_gpus, choose_device
 from utils.files import UserError, counted, listed, out_of_memory, reports_errors, sentence
-from utils.pictures import CLIP_ENDINGS, ENDINGS, read_image, write_picture
-from utils.video import Clip, derain_clip, is_clip, result_path
+from utils.pictures import CLIP_ENDINGS, ENDINGS, read_image
+from utils.video import count_frames, derain_files, is_clip, result_path
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # read while it is imported
 try:
@@ -47,54 +47,33 @@ def find_weights(chosen):
     return {os.path.relpath(path, folder): path for path in [chosen, OWN_WEIGHTS, *sorted(folder.rglob("*.pth"))]}
 
 
-def count_frames(path):
-    """-> the number of pictures in a file, of a clip an estimate. Raises UserError for a clip of too large frames."""
-    if not is_clip(path):
-        return 1
-    with Clip(path) as clip:
-        if clip.video.width * clip.video.height > pictures.MOST_PIXELS:
-            raise UserError(f"{path} has frames of more than {pictures.MOST_PIXELS // 10**6} megapixels: reduce them.")
-        return max(1, clip.length)
-
-
 def derain_uploads(uploads, folder, derainer, watch):
     """Derains uploaded files into a folder -> dict of upload -> result, and sentences about what could not be done.
 
     watch(pictures done so far, a fraction, and their number) is called after each batch of windows; what is finished
     when it raises Stopped is kept.
     """
-    outputs, problems, done, total = {}, [], 0, 0
+    outputs, problems, done = {}, [], 0
+    for path in map(Path, uploads):
+        output = result_path(path, folder) if is_clip(path) else folder / f"{path.stem}.png"
+        if output in outputs.values():
+            problems.append(f"{path.name} and another file would both become {output.name}: rename one of them.")
+        else:
+            outputs[path] = output
+    total = sum(map(count_frames, outputs))
 
     def progress(share):
         nonlocal done
         done += share
         watch(min(done, total), total)
 
-    def finish(path, _, result):
-        write_picture(outputs[path], result)
-
-    for path in map(Path, uploads):
-        output = result_path(path, folder) if is_clip(path) else folder / f"{path.stem}.png"
-        try:
-            if output in outputs.values():
-                raise UserError(f"{path} and another file would both become {output.name}: rename one of them.")
-            total += count_frames(path)
-            outputs[path] = output
-        except UserError as error:
-            problems.append(sentence(error))
     try:
-        paths = [path for path in outputs if not is_clip(path)]
-        for _, error in derainer.files(paths, finish, progress):
+        for _, error in derain_files(derainer, outputs, progress=progress):
             problems += [sentence(error)] if error else []
-        for path in filter(is_clip, outputs):
-            try:
-                derain_clip(path, outputs[path], derainer, progress=progress)
-            except UserError as error:
-                problems.append(sentence(error))
     except Stopped as error:
         problems.append(str(error))
-    for path in [*map(Path, uploads), *outputs.values()]:
-        problems = [problem.replace(f"{path.parent}/", "") for problem in problems]  # visitors know the names alone
+    for path, output in outputs.items():  # visitors know the names alone
+        problems = [problem.replace(f"{path.parent}/", "").replace(f"{output.parent}/", "") for problem in problems]
     return {path: output for path, output in outputs.items() if output.exists()}, problems
 
 
@@ -106,12 +85,12 @@ def preview(path):
 
 def show(results, folder):
     """Results of derain_uploads in a folder -> what slider, video and file show."""
-    files = list(map(str, results.values()))
-    file = shutil.make_archive(f"{folder}/../derained", "zip", folder) if len(files) > 1 else next(iter(files), None)
-    pairs = [tuple(map(preview, pair)) for pair in list(results.items())[:1] if not is_clip(pair[0])]
-    video = None if pairs else next(iter(files), None)
-    slider = gr.update(value=next(iter(pairs), None), visible=not video)
-    return slider, gr.update(value=video, visible=bool(video)), file
+    if not results:
+        return gr.update(value=None, visible=True), gr.update(value=None, visible=False), None
+    (upload, result), *others = results.items()
+    file = shutil.make_archive(f"{folder}/../derained", "zip", folder) if others else str(result)
+    pair, video = (None, str(result)) if is_clip(upload) else ((preview(upload), preview(result)), None)
+    return gr.update(value=pair, visible=not video), gr.update(value=video, visible=bool(video)), file
 
 
 def build(device, weights, seconds, stops):
@@ -237,12 +216,8 @@ def main(argv=None):
         raise UserError(f"{args.host} cannot be used ({error}): choose another --host or --port.") from error
     pictures.MOST_PIXELS = args.max_megapixels * 10**6
     EpsImagePlugin.gs_binary = False  # PostScript is a programming language: what visitors send is not run
-    for name in ("SIGTERM", "SIGHUP"):  # end the app as Ctrl-C does; nohup has ignored the latter
-        number = getattr(signal, name, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = ",".join(filter(None, (no_proxy, "localhost", args.host)))  # Gradio asks its own page
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},localhost,{args.host}"  # Gradio asks its own page
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads and results: nothing is left when the app ends
         serve(args, device)

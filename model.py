@@ -189,7 +189,8 @@ class Fusion(nn.Module):
 
 
 class UShape:
-    """One U-shaped pass over a scale: a view of parts that the network owns under their published names."""
+    """One U-shaped pass over a scale: a view, set by add_scale, of parts that the network owns under their published
+    names. Replacing a part of the network by assignment leaves the view stale."""
 
     def encode(self, x):
         """Features B×C×h×w -> latent B×4C×h/4×w/4, and the skips."""

@@ -24,18 +24,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ablations import network_name
 from evaluations.evaluate import clean_folder
 from evaluations.metrics import PROTOCOLS, psnr_ssim
-from model import MULTIPLE
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, remembered_settings, results_settings
+from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device, cpu_warnings
 from utils.files import UserError, counted, disk_failed, listed, reports_errors, sentence, write_csv
 from utils.pairs import DATASETS, Pair, known_dataset, match_by_name
 from utils.pictures import find_pictures, read_image
-from utils.video import Clip, derain_clip, is_clip, result_path
+from utils.video import count_frames, derain_files, is_clip, result_path
 
-ENSEMBLE_NOTE = "note: these weights were trained mostly on falling rain: --ensemble may lower quality."
-BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
+BAR = "{l_bar}{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
 COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")
 PANEL_ROWS = 6
 
@@ -44,10 +42,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input_dir", nargs="+", required=True, help="rainy pictures: files, folders, 'patterns'; clips")
-    add("--output_dir", type=Path, help="folder of results, or one picture's file (default: results/<input's name>)")
+    add("--output_dir", type=Path, help="folder of results (default: results/<input's name>)")
     add("--keep_format", action="store_true", help="write JPEG, WebP, TIFF, … for such inputs, instead of PNG")
     add("--skip_existing", action="store_true", help="keep earlier results of the same weights and settings")
-    add("--quality", type=int, default=pictures.QUALITY, help="of JPEG, WebP and AVIF (default: %(default)s)")
+    add("--quality", type=int, default=pictures.QUALITY, help="1 to 100, of JPEG, WebP and AVIF (default: %(default)s)")
     add("--weights", type=Path, default=OWN_WEIGHTS, help="a checkpoint of any network (default: our own weights)")
     add_gpus(parser)
     add("--mode", choices=MODES, help="default: window for test sets and with --target_dir, tile for other pictures")
@@ -62,12 +60,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.panel or args.protocol) and not args.target_dir:
         parser.error("--panel and --protocol need clean pictures: give their folder with --target_dir")
-    if args.win_size < MULTIPLE or args.win_size % MULTIPLE:
-        parser.error(f"--win_size must be a multiple of {MULTIPLE}")
-    if args.compile and args.mode == "whole":
-        parser.error("--compile needs --mode window or tile")
-    if not 1 <= args.quality <= 100:
-        parser.error("--quality must lie between 1 and 100")
     return args
 
 
@@ -77,158 +69,92 @@ def split_clips(sources):
     clips, others = [], []
     for source in sources:
         paths = [Path(source)] if os.path.exists(source) else sorted(map(Path, glob.glob(source, recursive=True)))
-        found = [path for path in paths if is_clip(path) and path.is_file()]
-        clips += found
-        if not found or any(map(pictures.is_picture, paths)):
+        matching = [path for path in paths if is_clip(path) and path.is_file()]
+        clips += matching
+        if not matching or any(map(pictures.is_picture, paths)):
             others.append(source)
-    return list(dict.fromkeys(clips)), others
-
-
-def rainy_folder(source):
-    """-> the folder itself, or its input/ if it is a data set's, with target/ beside."""
-    return Path(source, "input") if isdir(Path(source, "input")) and isdir(Path(source, "target")) else source
+    return clips, others
 
 
 def is_test_set(folder):
-    parts = [part.lower() for part in Path(os.path.abspath(folder)).parts]
-    return known_dataset(folder) is not None and (parts[-1] == "test" or parts[-2:] == ["test", "input"])
+    return known_dataset(folder) is not None and "test" in os.path.abspath(folder).lower().split(os.sep)[-2:]
 
 
-def default_output_dir(source):
+def default_output_dir(source, root):
     """-> results/<name of the data set or folder>, results/Rain200L for Datasets/Rain200L/test/input; results/ for a
     single file."""
-    if os.path.isfile(source):
-        return Path("results")
-    parts = Path(os.path.abspath(find_pictures(source)[1])).parts[1:]
-    return Path("results", *[part for part in parts if part not in ("test", "train", "input")][-1:])
-
-
-def described(paths):
-    """-> such as "3 pictures and 1 clip"."""
-    clips = sum(map(is_clip, paths))
-    numbers = {"picture": len(paths) - clips, "clip": clips}
-    return " and ".join(counted(number, noun) for noun, number in numbers.items() if number) or "nothing"
-
-
-def without_clashes(wanted, given):
-    """Sorts out results that would overwrite another one or a file that was given.
-
-    Takes (input path, result path) pairs and the given paths; returns dicts of input path: result path, and of input
-    path: why it cannot be derained."""
-    outputs, inputs, failures = {}, {}, {}
-    given = set(map(realpath, given))
-    for path, output in wanted:
-        name = realpath(output)
-        if name in given:
-            failures[path] = f"{path}: its result would overwrite {output}, choose another --output_dir."
-        elif inputs.setdefault(name, path) != path:
-            failures[path] = f"{path} and {inputs[name]} would both become {output}: rename one of them."
-        else:
-            outputs[path] = output
-    return outputs, failures
+    names = [part for part in Path(os.path.abspath(root)).parts[1:] if part not in ("test", "train", "input")]
+    return Path("results") if os.path.isfile(source) else Path("results", *names[-1:])
 
 
 def find_targets(found, target_dir):
     """-> dict of rainy picture: clean picture, and all clean pictures. Raises UserError if none belong together."""
     clean, clean_root = find_pictures(clean_folder(target_dir))
-    inputs = [path for paths, _ in found for path in paths]
-    if len(inputs) == len(clean) == 1:
-        return {inputs[0]: clean[0]}, clean  # whatever their names
-    matches = [match_by_name(paths, clean, root, clean_root) for paths, root in found]
-    targets = {pair.input: pair.target for pairs, _ in matches for pair in pairs}
+    matches = [match_by_name(paths, clean, root, clean_root)[0] for paths, root in found]
+    targets = {pair.input: pair.target for pairs in matches for pair in pairs}
     if not targets:
-        problems = [problem for _, problems in matches for problem in problems]
-        raise UserError(f"none of the pictures has a clean one in {target_dir}:{listed(problems, 3)}")
+        raise UserError(f"none of the pictures has a clean one of its name in {target_dir}: choose another one.")
     return targets, clean
 
 
 class Plan(NamedTuple):
-    outputs: dict  # path of a picture or clip: path of its result
-    failures: dict  # path: why it cannot be derained
-    targets: dict  # path: path of the clean picture
     folder: Path  # of results
-    names_file: bool  # whether --output_dir names a file in it
-    test_sets: bool  # whether all pictures are of data sets' test folders
+    outputs: dict  # path of a picture or clip: path of its result
+    targets: dict  # path of a picture: path of the clean one
+    failures: list  # sentences on results that would overwrite an input, a clean picture or another result
     notes: list  # sentences on what is left out
+    test_sets: bool  # whether all pictures are of data sets' test folders
 
 
 def make_plan(args):
     """Raises UserError if nothing of it can be done as it was meant."""
     clips, sources = split_clips(args.input_dir)
-    sources = list(map(rainy_folder, sources))
-    folder = args.output_dir or default_output_dir([*sources, *clips][0])
-    names_file = folder.suffix.lower() in pictures.ENDINGS and not folder.is_dir()
-    if folder.is_file() and not names_file:
-        raise UserError(f"{folder} is a file: choose another --output_dir.")
+    # A data set's folder stands for the rainy pictures in it.
+    sources = [Path(s, "input") if isdir(Path(s, "input")) and isdir(Path(s, "target")) else s for s in sources]
+    results = [args.output_dir or "results"]
+    found = [find_pictures(source, results) for source in sources]
+    folder = args.output_dir or default_output_dir([*sources, *clips][0], found[0][1] if found else "")
+    if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS:
+        raise UserError(f"--output_dir {folder} names a file: give a folder.")
     if realpath(folder) in [realpath(source) for source in sources if isdir(source)]:
         raise UserError(f"{folder} is the input folder: choose another --output_dir.")
 
-    found, wanted = [find_pictures(source, [folder]) for source in sources], []
+    wanted = {clip: result_path(clip, folder) for clip in clips}
     for path, root in [(path, root) for paths, root in found for path in paths]:
         keeps = args.keep_format and path.suffix.lower() in pictures.KEEPABLE
-        wanted.append((path, (folder / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")))
-    wanted += [(clip, result_path(clip, folder)) for clip in clips]
-    inputs = list(dict(wanted))
-    if names_file:
-        if len(inputs) > 1 or clips:
-            raise UserError(f"{folder} is one picture's name, not a folder for {described(inputs)}: give a folder.")
-        wanted, folder = [(inputs[0], folder)], folder.parent
-
+        wanted[path] = (folder / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
     targets, clean = find_targets(found, args.target_dir) if args.target_dir else ({}, [])
-    outputs, failures = without_clashes(wanted, [*inputs, *clean])
-    if args.panel and realpath(args.panel) in map(realpath, [*inputs, *clean, *outputs.values()]):
-        raise UserError(f"--panel would overwrite {args.panel}: choose another name.")
-    notes = list(filter(None, (pictures.skipped(source, [folder]) for source in sources)))
+    outputs, failures, makers, given = {}, [], {}, set(map(realpath, [*wanted, *clean]))
+    for path, output in wanted.items():
+        maker = makers.setdefault(realpath(output), path)
+        if realpath(output) in given:
+            failures.append(f"{path}: its result would overwrite {output}, choose another --output_dir.")
+        elif maker != path:
+            failures.append(f"{path} and {maker} would both become {output}: rename one of them.")
+        else:
+            outputs[path] = output
+
+    notes = [note for note in (pictures.skipped(source, results) for source in sources) if note]
     test_sets = bool(found) and all(is_test_set(root) for _, root in found)
-    return Plan(outputs, failures, targets, folder, names_file, test_sets, notes)
-
-
-def derain_files(derainer, outputs, args, quiet):
-    """Derains the files of a dict of input path: result path -> dict of input path: why it failed. Raises UserError if
-    the disk is full."""
-
-    def finish(path, _, result):
-        pictures.write_picture(outputs[path], result, args.quality)
-
-    def outcomes():
-        paths = [path for path in outputs if not is_clip(path)]
-        with tqdm(total=len(paths), bar_format=BAR, disable=quiet or not paths or None) as bar:
-            yield from derainer.files(paths, finish, bar.update)  # which calls it after each batch of windows
-        for path in filter(is_clip, outputs):
-            try:
-                with Clip(path) as clip, tqdm(desc=path.name, total=clip.length, disable=quiet or None) as bar:
-                    yield path, derain_clip(path, outputs[path], derainer, args.steady, bar.update)
-            except UserError as error:
-                yield path, error
-
-    failures = {}
-    with logging_redirect_tqdm():
-        for path, error in outcomes():
-            if error and disk_failed(error):
-                raise error
-            if error:
-                failures[path] = sentence(error)
-    return failures
+    return Plan(folder, outputs, targets, failures, notes, test_sets)
 
 
 def measure(outputs, targets, protocol):
-    """Measures rainy and derained pictures -> list of (path, scores before and after), dict of path: why it cannot be
-    measured."""
+    """-> list of (path, PSNR and SSIM of the rainy picture, of the derained one), sentences on what has none."""
 
     def scores(path):
-        rainy, clean = Pair(path, targets[path]).read()
-        derained, _ = Pair(outputs[path], targets[path]).read()
-        return psnr_ssim(rainy, clean, protocol) + psnr_ssim(derained, clean, protocol)
-
-    with ThreadPoolExecutor() as pool:
-        futures = {path: pool.submit(scores, path) for path in outputs if path in targets}
-    measured, failures = [], {path: f"{path} has no clean picture." for path in outputs if path not in targets}
-    for path, future in futures.items():
+        if path not in targets:
+            return f"{path} has no clean picture."
         try:
-            measured.append((path, future.result()))
+            rainy, clean = Pair(path, targets[path]).read()
+            derained, _ = Pair(outputs[path], targets[path]).read()
         except UserError as error:
-            failures[path] = sentence(error)
-    return measured, failures
+            return sentence(error)
+        return path, *psnr_ssim(rainy, clean, protocol), *psnr_ssim(derained, clean, protocol)
+
+    with ThreadPoolExecutor() as pool:  # decoding and filtering release the interpreter's lock
+        rows = list(pool.map(scores, outputs))
+    return [row for row in rows if not isinstance(row, str)], [row for row in rows if isinstance(row, str)]
 
 
 def report(rows, protocol, path):
@@ -268,42 +194,52 @@ def main(argv=None):
     device = choose_device(args.gpus)
     net = load_network(args.weights).to(device)
     mode = args.mode or ("window" if args.target_dir or plan.test_sets else "tile")
-    notes = plan.notes + (cpu_warnings() if device.type == "cpu" else [])
-    if args.ensemble and args.weights == OWN_WEIGHTS:
-        notes.append(ENSEMBLE_NOTE)
-    if rank == 0:
-        weights = "our own weights" if args.weights == OWN_WEIGHTS else args.weights
-        print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *notes, sep="\n")
     derainer = Derainer(net, mode, args.win_size, args.bf16, args.ensemble, args.compile)
+    if rank == 0:
+        own = args.weights == OWN_WEIGHTS
+        weights = "our own weights" if own else args.weights
+        print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
+        for warning in cpu_warnings(args.gpus) if device.type == "cpu" else ():
+            print(warning)
+        if own and args.ensemble:
+            print("note: these weights were trained mostly on falling rain: --ensemble may lower quality.")
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])
-    kept = [path for path in outputs if args.skip_existing and is_current(outputs[path], settings, plan.folder)]
-    new = {path: output for path, output in outputs.items() if path not in kept}
-    if new and (not plan.names_file or remembered_settings(plan.folder)):
+    new = {p: out for p, out in outputs.items() if not (args.skip_existing and is_current(out, settings, plan.folder))}
+    kept = [path for path in outputs if path not in new]
+    done, failures = [], [] if rank else list(plan.failures)
+    total = len(outputs) + len(failures)
+    if new:
         remember_settings(plan.folder, settings)
-    failures = {**({} if rank else plan.failures), **derain_files(derainer, new, args, quiet=rank > 0)}
-    done, seconds = [path for path in new if path not in failures], round(time.monotonic() - start)
+    bar = tqdm(total=sum(map(count_frames, new)), bar_format=BAR, disable=rank > 0 or not new or None)
+    with bar, logging_redirect_tqdm():
+        for path, error in derain_files(derainer, new, args.quality, args.steady, bar.update):
+            if not error:
+                done.append(path)
+            elif disk_failed(error):
+                raise error
+            else:
+                failures.append(sentence(error))
     where = next(iter(outputs.values())) if len(outputs) == 1 else plan.folder
-    kept_too = f", {described(kept)} kept" if kept else ""
-    print(f"{described(done)} derained in {counted(seconds, 'second')}{kept_too} -> {where}")
+    kept_too = f", {len(kept):,} kept" if kept else ""
+    print(f"{counted(len(done), 'file')} derained in {time.monotonic() - start:.0f} s{kept_too} -> {where}")
 
     if args.target_dir:
         dataset = known_dataset(args.target_dir)
         protocol = args.protocol or (DATASETS[dataset].protocol if dataset else "rain200")
         results = {path: outputs[path] for path in [*kept, *done] if not is_clip(path)}
-        measured, unmeasured = measure(results, plan.targets, protocol)
-        failures |= unmeasured
-        if measured:
-            rows = [(str(outputs[path].relative_to(plan.folder)), *scores) for path, scores in measured]
-            report(sorted(rows), protocol, plan.folder / "psnr_ssim.csv")
-        if args.panel and measured:
-            shown = [(path, outputs[path], plan.targets[path]) for path, _ in measured[:PANEL_ROWS]]
+        rows, unmeasured = measure(results, plan.targets, protocol)
+        failures += unmeasured
+        if rows:
+            named = [(str(outputs[path].relative_to(plan.folder)), *scores) for path, *scores in rows]
+            report(sorted(named), protocol, plan.folder / "psnr_ssim.csv")
+        if args.panel and rows:
+            shown = [(path, outputs[path], plan.targets[path]) for path, *_ in rows[:PANEL_ROWS]]
             pictures.write_png(args.panel, pictures.contact_sheet([list(map(read_image, row)) for row in shown]))
     wait_for_others(world)
     if failures:
-        total = len({**outputs, **failures})
-        raise UserError(f"{len(failures)} of {total} files failed:{listed(list(failures.values()), len(failures))}")
+        raise UserError(f"{len(failures)} of {total} files failed:{listed(failures, len(failures))}")
 
 
 if __name__ == "__main__":

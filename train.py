@@ -158,11 +158,15 @@ def find_data(args):
 
 
 def digest(args, pairs):
-    """-> a digest of the names of all training pictures below their folder, and of the sizes of the first files."""
+    """-> a digest of the names of all training pictures below their folder, and of the content of some."""
     train_dir, clean_dir = (str(Path(folder or "")) for folder in (args.train_dir, args.clean_dir))
-    names = [str(pair.input).removeprefix(clean_dir if isinstance(pair, Photo) else train_dir) for pair in pairs]
-    sizes = [os.path.getsize(pair.input) for pair in pairs[:100]]
-    return hashlib.sha256(ascii([names, sizes]).encode()).hexdigest()
+    hashed = hashlib.sha256()
+    for pair in pairs:
+        name = str(pair.input).removeprefix(clean_dir if isinstance(pair, Photo) else train_dir)
+        hashed.update(os.fsencode(f"{name}\n"))
+    for pair in pairs[:: max(1, len(pairs) // 10)]:
+        hashed.update(pair.input.read_bytes())
+    return hashed.hexdigest()
 
 
 def make_network(args, path, checkpoint):
@@ -237,7 +241,7 @@ class Trainer:
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
         if self.device.type == "cpu" and self.rank == 0:
-            print("".join(f"{warning}\n" for warning in devices.cpu_warnings()), end="", flush=True)
+            print("".join(f"{warning}\n" for warning in devices.cpu_warnings(args.gpus)), end="", flush=True)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
@@ -326,7 +330,8 @@ class Trainer:
         except Exception as error:  # compilers raise all kinds
             if files.out_of_memory(error):
                 raise
-            print(f"--compile does not work here ({str(error).strip().splitlines()[0]}): training goes on without it")
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            print(f"--compile does not work here ({reason}): training continues without it")
             self.forward = self.parallel
         self.optimizer.zero_grad()
 
@@ -354,7 +359,7 @@ class Trainer:
             for name in changes:
                 print(f"changed since the last start: --{name} {args[name]} (was {last[name]})")
             if {"val_dir", "hold_out", "patch_size"} & set(changes):
-                print(f"its PSNR is another one now: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
+                print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
                 self.best_psnr, self.best_epoch = -math.inf, 0
         for path, epochs in ((runs, math.inf), (log, self.epoch)):  # lines that a power cut tore go, too
             lines = [line for line in files.read_json_lines(path) if line.get("epoch", 0) <= epochs]
@@ -492,7 +497,7 @@ class Trainer:
         left = (self.args.num_epochs - self.epoch) * bar.total - done  # in the whole run
         left = tqdm.format_interval(left * bar.format_dict["elapsed"] / (done - bar.initial))
         step = f"step {self.step}/{self.steps_per_epoch}"
-        bar.set_postfix_str(f"{step}, {self.shown}lr {self.rates[self.epoch]:.3g}, run {left} left", refresh=False)
+        bar.set_postfix_str(f"run {left} left, {self.shown}lr {self.rates[self.epoch]:.3g}, {step}", refresh=False)
         bar.update(done - bar.n)
         if bar.fp is not sys.stderr and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS

@@ -12,6 +12,9 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     dataset=$1
     shift
 fi
+if [ $# -eq 0 ] && [ ! -d "Datasets/$dataset" ]; then
+    echo "To try training without a download: bash train.sh demo" >&2
+fi
 if [ "$dataset" = ablation ]; then
     set -- --dataset Rain200L --ablation "$@"
 else

@@ -12,37 +12,37 @@ import argparse
 import numpy as np
 
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.derain import Derainer
+from utils.derain import WINDOW, Derainer
 from utils.devices import add_gpus, choose_device
 from utils.pictures import find_pictures, read_image
 
 
-def steps(difference):
-    """H×W×3 -> for each boundary between two rows and two columns, the mean absolute step across it."""
-    return np.concatenate([np.abs(np.diff(difference, axis=axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1)])
+def largest_and_typical_step(difference):
+    """H×W×3 -> of the mean absolute steps between two rows or two columns, the largest and the median."""
+    steps = np.concatenate([np.abs(np.diff(difference, axis=axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1)])
+    return steps.max(), np.median(steps)
 
 
-def compare(net, pictures, window):
+def compare(net, pictures, window=WINDOW):
     """Pictures H×W×3 float32 in [0, 1] -> dict of mode -> the largest and the median step, mean over the pictures."""
-    whole, found = [Derainer(net, "whole")(picture) for picture in pictures], {}
-    for mode in ("window", "tile"):
-        derain = Derainer(net, mode, window)
-        found_steps = [255 * steps(derain(picture) - result) for picture, result in zip(pictures, whole)]
-        found[mode] = (np.mean([values.max() for values in found_steps]), np.mean(list(map(np.median, found_steps))))
-    return found
+    whole, modes = Derainer(net, "whole"), {mode: Derainer(net, mode, window) for mode in ("window", "tile")}
+    found = {mode: [] for mode in modes}
+    for picture in pictures:
+        expected = whole(picture)
+        for mode, derain in modes.items():
+            found[mode].append(largest_and_typical_step(255 * (derain(picture) - expected)))
+    return {mode: np.mean(steps, axis=0) for mode, steps in found.items()}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="?", default="Datasets/demo/test/input", help="a picture, folder or pattern")
-    parser.add_argument("--weights", default=OWN_WEIGHTS, help="a checkpoint (default: this repository's own)")
-    parser.add_argument("--win_size", type=int, default=128, help="side of windows and tiles (default: %(default)s)")
     add_gpus(parser)
     args = parser.parse_args(argv)
-    net = load_network(args.weights).to(choose_device(args.gpus))
+    net = load_network(OWN_WEIGHTS).to(choose_device(args.gpus))
     pictures = [read_image(path).astype(np.float32) / 255 for path in find_pictures(args.pictures)[0]]
     print("| mode | largest step | typical step |\n|---|---|---|")
-    for mode, (largest, typical) in compare(net, pictures, args.win_size).items():
+    for mode, (largest, typical) in compare(net, pictures).items():
         print(f"| {mode} | {largest:.2f} | {typical:.2f} |")
 
 

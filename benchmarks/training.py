@@ -4,53 +4,40 @@ loader delivers meanwhile.
 python -m benchmarks.training
 """
 
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from skimage import data
 from torch.utils.data import DataLoader
 
-from benchmarks.common import (
-    BASELINE,
-    EAGER,
-    VARIANTS,
-    as_markdown,
-    as_rows,
-    make_network,
-    parse_args,
-    report,
-    run_rounds,
-)
+from benchmarks import common
 from benchmarks.published import published
 from dataset_RGB import Photo, TrainingPatches, quiet_worker
 from losses import DerainLoss
 from utils.files import UserError
-from utils.pairs import Pair
-from utils.pictures import write_png
-from utils.rain import add_rain
+from utils.pairs import find_pairs
 
-SIZES = ((1, 64), (4, 64), (1, 128))  # batch, patch; on a CPU
+SIZES = ((1, 64), (4, 64), (1, 128))  # batch, patch
 LOADING_BATCHES = 10
+DEMO = Path(__file__).parent.parent / "Datasets" / "demo" / "train"
 
 
 class Steps:
-    """Some optimizer steps on always the same batch -> the first image of the first step's result."""
+    """Some optimizer steps on always the same batch, B×3×patch×patch, whose first picture is the same at any B."""
 
-    def __init__(self, net, batch, patch, count, bf16=False, fused=True, compile=False):
-        device = next(net.parameters()).device
+    def __init__(self, net, batch, patch, count, bf16=False, compile=False, fused=True):
         self.net = torch.compile(net, dynamic=False) if compile else net
         self.count, self.bf16, self.losses = count, bf16, []
-        self.loss = DerainLoss().to(device)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=fused)
         rng = torch.Generator().manual_seed(0)
         pictures = [torch.rand(2, 3, patch, patch, generator=rng) for _ in range(batch)]
-        self.rainy, self.clean = torch.stack(pictures, dim=1).to(device)
+        self.rainy, self.clean = torch.stack(pictures, dim=1).to(next(net.parameters()).device)
+        self.loss = DerainLoss().to(self.rainy.device)
 
     def __call__(self):
+        """-> the first picture of the first step's result, on the CPU."""
+        results = []
         for _ in range(self.count):
             with torch.autocast(self.rainy.device.type, torch.bfloat16, enabled=self.bf16):
                 outputs = self.net(self.rainy)
@@ -59,63 +46,55 @@ class Steps:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.losses.append(total.detach())
-            if len(self.losses) == 1:
-                first = outputs[0][:1].detach().float().cpu()
-        return first if len(self.losses) == self.count else None
+            results.append(outputs[0][0].detach())
+        return results[0].float().cpu()  # waits for a GPU's other steps, too
 
 
-def compare(name, args, batch, patch, variants=EAGER):
-    """-> rows of the table for one network and size."""
-    gpu = args.device.type == "cuda"
-    count = max(3, 20 // batch) if gpu else 3  # steps in a round
+def compare(name, args, batch, patch, variants=common.EAGER):
+    """-> rows of the table for one network and size. With larger batches, the baseline also runs with single pictures,
+    as published: its batch may not fit."""
+    count = max(3, 20 // batch) if args.device.type == "cuda" else 3  # steps in a round
 
     def baseline(batch):
-        return Steps(published(make_network(name, args.quick)).to(args.device), batch, patch, count, fused=False)
+        return Steps(published(common.make_network(name, args)), batch, patch, count, fused=False), batch * count
 
     def ours(options):
-        net = make_network(name, args.quick).to(args.device, memory_format=torch.channels_last)
+        net = common.make_network(name, args).to(memory_format=torch.channels_last)
         steps = Steps(net, batch, patch, count, **options)
         steps.rainy = steps.rainy.contiguous(memory_format=torch.channels_last)
-        return steps
+        return steps, batch * count
 
-    factories = {BASELINE: partial(baseline, batch)}
-    if gpu and batch > 1:  # in case that its batch does not fit
-        factories[f"{BASELINE}, batch 1"] = partial(baseline, 1)
-    factories |= {variant: partial(ours, VARIANTS[variant]) for variant in variants}
-    runs = run_rounds(factories, args.rounds, args.device)
+    builders = {f"{common.BASELINE}, batch {size}": partial(baseline, size) for size in dict.fromkeys((batch, 1))}
+    builders |= {variant: partial(ours, common.VARIANTS[variant]) for variant in variants}
+    runs = common.run_rounds(builders, args)
     losses = [run.function.losses[2].item() for run in runs.values() if len(run.function.rainy) == batch]
     if max(losses) > 1.05 * min(losses):
         raise UserError(f"the variants of {name} learn different things: their losses in step 3 are {losses}.")
-    pictures = {variant: count * len(run.function.rainy) for variant, run in runs.items()}
-    return as_rows(runs, pictures, network=name, task=f"training {batch} × {patch}²")
+    return common.as_rows(runs, network=name, task=f"training {batch} × {patch}²")
 
 
-def loader_rows(args, patch):
-    """-> rows of the patches a second that one worker delivers from pairs, and from photographs with synthetic rain."""
-    photograph = data.astronaut()[:321, :481]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        clean, rainy = Path(folder, "clean.png"), Path(folder, "rainy.png")
-        write_png(clean, photograph)
-        write_png(rainy, add_rain(photograph, np.random.default_rng(0)))
-        for source, sample in {"pairs": Pair(rainy, clean), "synthetic rain": Photo(clean)}.items():
-            patches = TrainingPatches([sample] * 8 * (LOADING_BATCHES + 2), patch, seed=0)
-            batches = iter(DataLoader(patches, batch_size=8, num_workers=1, worker_init_fn=quiet_worker))
-            for _ in range(2):  # the worker's start
-                next(batches)
-            start = time.perf_counter()
-            count = sum(len(batch["input"]) for batch in batches)
-            rows.append({"source": source, "patch": patch, "patches a second": count / (time.perf_counter() - start)})
+def loader_rows(patch):
+    """-> rows of the patches a second that one worker delivers from the demo's pairs, and from its clean photographs
+    with synthetic rain."""
+    pairs, rows = find_pairs(DEMO), []
+    for source, samples in {"pairs": pairs, "synthetic rain": [Photo(pair.target) for pair in pairs]}.items():
+        patches = TrainingPatches((samples * 8)[: 8 * (LOADING_BATCHES + 2)], patch, seed=0)
+        batches = iter(DataLoader(patches, batch_size=8, num_workers=1, worker_init_fn=quiet_worker))
+        for _ in range(2):  # the worker's start
+            next(batches)
+        start = time.perf_counter()
+        count = sum(len(batch["input"]) for batch in batches)
+        rows.append({"source": source, "patch": patch, "patches a second": count / (time.perf_counter() - start)})
     return rows
 
 
 def main(argv=None):
-    args = parse_args(__doc__, argv, networks=("NeRD-Rain-S",))
-    sizes = ((1, 32),) if args.quick else ((1, 256),) if args.device.type == "cuda" else SIZES
-    rows = [row for name in args.networks for size in sizes for row in compare(name, args, *size)]
-    loading = loader_rows(args, sizes[-1][1])
-    report("training", rows, args, loader=loading)
-    print(as_markdown(loading))
+    args = common.parse_args(__doc__, argv)
+    sizes = ((1, 32),) if args.quick else SIZES
+    rows = [row for size in sizes for row in compare("NeRD-Rain-S", args, *size)]
+    loading = loader_rows(sizes[-1][1])
+    common.report("training", rows, args, loader=loading)
+    print(common.as_markdown(loading))
 
 
 if __name__ == "__main__":

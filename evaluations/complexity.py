@@ -2,18 +2,17 @@
 
 python -m evaluations.complexity
 
-Time is the median of five pictures after a warm-up; memory is what a picture needs above the weights.
+Time is the median of some seconds after a warm-up; memory is what a picture needs above the weights.
 """
 
 import argparse
 import re
-import statistics
-import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ablations import NETWORKS, build
@@ -21,7 +20,7 @@ from utils.derain import Derainer
 from utils.devices import add_gpus, choose_device
 from utils.files import reports_errors
 
-SIDE, REPEATS = 256, 5
+SIDE, SECONDS = 256, 3
 
 
 def size_of(options):
@@ -42,18 +41,17 @@ def peak_memory(device):
 
 
 def measure(options, gpus):
-    """-> median seconds and MiB of one picture."""
+    """-> median seconds and MiB of one picture, and what computed it."""
     device = choose_device(gpus)
     derainer = Derainer(build(**options).to(device), mode="window")
-    picture = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
     weights = peak_memory(device)
     derainer(picture)
-    memory, seconds = peak_memory(device) - weights, []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        derainer(picture)  # ends with the result on the CPU
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), memory
+    memory = peak_memory(device) - weights
+    timer = Timer("derainer(picture)", globals=locals(), num_threads=torch.get_num_threads())
+    seconds = timer.blocked_autorange(min_run_time=SECONDS).median  # each picture's result ends on the CPU
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return seconds, memory, gpu or f"CPU, {torch.get_num_threads()} threads"
 
 
 @reports_errors
@@ -61,17 +59,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_gpus(parser)
     args = parser.parse_args(argv)
-    device = choose_device(args.gpus)
     print("| network | parameters (M) | multiply-adds (G) | seconds | memory (MiB) |\n|---|---|---|---|---|")
     for name, options in NETWORKS.items():
         parameters, multiply_adds = size_of(options)
         with get_context("spawn").Pool(1) as pool:  # a new process, as peak memory never falls
-            seconds, memory = pool.apply(measure, (options, args.gpus))
+            seconds, memory, computer = pool.apply(measure, (options, args.gpus))
         numbers = f"{parameters / 1e6:.2f} | {multiply_adds / 1e9:.2f} | {seconds:.3f} | {memory:.0f}"
         print(f"| {name} | {numbers} |", flush=True)
-    computer = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        computer = torch.cuda.get_device_name(device)
     print(f"one {SIDE}×{SIDE} picture, float32, {computer}, PyTorch {torch.__version__}")
 
 

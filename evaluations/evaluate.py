@@ -47,41 +47,11 @@ def pair_results(results, targets):
     if targets_root.name == "target" and inputs_root.is_dir():
         inputs = find_pictures(inputs_root)[0]
         wanted |= Counter(pair.target for pair in match_by_name(inputs, targets, inputs_root, targets_root)[0])
-    for target in targets:
-        if not found[target]:
-            problems.append(f"{target} has no derained picture in {results_root}")
-        elif found[target] < wanted[target]:
-            numbers = f"{counted(found[target], 'derained picture')} in {results_root}, but {wanted[target]} rainy ones"
-            problems.append(f"{target} has {numbers}")
+    for target, number in wanted.items():
+        if found[target] < number:
+            derained = counted(found[target], "derained picture")
+            problems.append(f"{target} has {derained} in {results_root} where {number} should be")
     return pairs, problems
-
-
-def measure_pairs(pairs, protocol, all_columns=False):
-    """Measures derained pictures (`input`) against clean ones (`target`).
-
-    Returns a list of (path of the result, its PSNR and SSIM, or all COLUMNS) in the order of `pairs`, and a list of
-    sentences on pairs that cannot be read or compared.
-    """
-
-    def measure(pair):
-        try:
-            result, target = pair.read()
-        except UserError as error:
-            return str(error)
-        others = other_conventions(result, target).values() if all_columns else ()
-        return [*psnr_ssim(result, target, protocol), *others]
-
-    with ThreadPoolExecutor() as pool:  # decoding and filtering release the interpreter's lock
-        outcomes = list(tqdm(pool.map(measure, pairs), total=len(pairs), unit="picture", disable=None, leave=False))
-    rows = [(pair.input, values) for pair, values in zip(pairs, outcomes) if not isinstance(values, str)]
-    return rows, [problem for problem in outcomes if isinstance(problem, str)]
-
-
-def count_problem(count, dataset):
-    """-> list of a sentence if a known data set has another number of pictures."""
-    if dataset is None or count == DATASETS[dataset].test_pairs:
-        return []
-    return [f"{counted(count, 'picture')} measured, but {dataset} has {DATASETS[dataset].test_pairs}"]
 
 
 def of_expected(count, dataset):
@@ -91,44 +61,55 @@ def of_expected(count, dataset):
     return f"{count} of the {DATASETS[dataset].test_pairs} pictures of {dataset}"
 
 
-def summarise(rows, protocol, dataset):
-    """-> dict of the mean, the standard deviation and the worst of rows (name, values of all COLUMNS)."""
+def measure(results, targets, protocol, dataset=None):
+    """Measures the derained pictures in `results` against the clean ones in `targets`.
 
-    def named(values):  # JSON knows neither infinity nor NaN
-        return {name: float(value) if math.isfinite(value) else None for name, value in zip(COLUMNS, values)}
+    Returns a list of (path below `results`, values of COLUMNS), and a list of sentences on pictures that are missing,
+    superfluous or broken, and on a number of pictures that is not the data set's.
+    """
+    pairs, problems = pair_results(results, targets)
 
+    def measure_pair(pair):
+        try:
+            result, target = pair.read()
+        except UserError as error:
+            return error
+        return [*psnr_ssim(result, target, protocol), *other_conventions(result, target).values()]
+
+    with ThreadPoolExecutor() as pool:  # decoding and filtering release the interpreter's lock
+        outcomes = pool.map(measure_pair, pairs)
+        outcomes = list(tqdm(outcomes, total=len(pairs), unit="picture", disable=None, leave=False))
+    rows, root = [], find_pictures(results)[1]
+    for pair, outcome in zip(pairs, outcomes):
+        if isinstance(outcome, UserError):
+            problems.append(str(outcome))
+        else:
+            rows.append((str(pair.input.relative_to(root)), outcome))
+    if dataset and len(rows) != DATASETS[dataset].test_pairs:
+        problems.append(f"{of_expected(len(rows), dataset)} can be measured")
+    return rows, problems
+
+
+def summarise(rows):
+    """Prints the mean, the standard deviation and the worst of rows as from `measure` -> dict of the same."""
     values = np.array([values for _, values in rows])
     with np.errstate(invalid="ignore"):  # infinite PSNR has no standard deviation
-        deviation = values.std(axis=0)
-    worst = sorted(rows, key=lambda row: row[1][0])[:WORST]
-    return {
-        "protocol": protocol,
-        "dataset": dataset,
-        "pictures": len(rows),
-        "expected_pictures": DATASETS[dataset].test_pairs if dataset else None,
-        "identical_pictures": int(np.isinf(values[:, 0]).sum()),
-        "mean": named(values.mean(axis=0)),
-        "standard_deviation": named(deviation),
-        "worst": [{"picture": name, **named(numbers)} for name, numbers in worst],
-        "software": software(),
-    }
-
-
-def print_summary(summary):
-    width = max(20, *(len(row["picture"]) for row in summary["worst"]))
-
-    def print_line(title, row):
-        print(f"{title:{width}}", *("–".rjust(16) if row[name] is None else f"{row[name]:16.6f}" for name in COLUMNS))
-
+        spread = {"mean": values.mean(axis=0), "standard deviation": values.std(axis=0)}
+    worst = dict(sorted(rows, key=lambda row: row[1][0])[:WORST])
+    width = max(map(len, [*spread, *worst]))
     print(" " * width, *(f"{name:>16}" for name in COLUMNS))
-    print_line("mean", summary["mean"])
-    print_line("standard deviation", summary["standard_deviation"])
-    print(f"worst {len(summary['worst'])}:")
-    for row in summary["worst"]:
-        print_line(row["picture"], row)
-    print(f"{of_expected(summary['pictures'], summary['dataset'])}, protocol {summary['protocol']}")
-    if summary["identical_pictures"]:
-        print(f"identical to their clean pictures: {summary['identical_pictures']}. Are these results?")
+    for title, numbers in {**spread, **worst}.items():
+        print(f"{title:{width}}", *(f"{number:16.6f}" for number in numbers))
+
+    def named(numbers):  # JSON knows neither infinity nor NaN
+        return {name: float(number) if math.isfinite(number) else None for name, number in zip(COLUMNS, numbers)}
+
+    return {
+        "pictures": len(rows),
+        "mean": named(spread["mean"]),
+        "standard_deviation": named(spread["standard deviation"]),
+        "worst": [{"picture": name, **named(numbers)} for name, numbers in worst.items()],
+    }
 
 
 def parse_args(argv=None):
@@ -151,19 +132,17 @@ def parse_args(argv=None):
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
-    pairs, unpaired = pair_results(args.results, args.targets)
-    measured, unmeasured = measure_pairs(pairs, args.protocol, all_columns=True)
-    root = find_pictures(args.results)[1]
-    rows = [(str(path.relative_to(root)), values) for path, values in measured]
-    problems = [*unpaired, *unmeasured, *count_problem(len(rows), args.dataset)]
+    rows, problems = measure(args.results, args.targets, args.protocol, args.dataset)
+    average = of_expected(len(rows), args.dataset)
     if problems and not (rows and args.go_on):
-        hint = f"\n--go_on averages over {of_expected(len(rows), args.dataset)} all the same." if rows else ""
+        hint = f"\n--go_on averages over {average} all the same." if rows else ""
         raise UserError(f"the results are not complete:{listed(problems)}{hint}")
-    summary = {**summarise(rows, args.protocol, args.dataset), "left_out": problems}
-    print_summary(summary)
+    facts = {"protocol": args.protocol, "dataset": args.dataset, "left_out": problems, "software": software()}
+    summary = {**summarise(rows), **facts}
+    print(f"{average}, protocol {args.protocol}")
     if problems:
         print(f"left out:{listed(problems)}")
-    folder = args.output or root
+    folder = args.output or find_pictures(args.results)[1]
     write_csv(folder / f"evaluation_{args.protocol}.csv", ("picture", *COLUMNS), [(name, *v) for name, v in rows])
     write_json(folder / f"evaluation_{args.protocol}.json", summary)
 

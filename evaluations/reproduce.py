@@ -9,15 +9,16 @@ Result pictures of any method in results/<method>/<data set>/ are measured, too.
 
 import argparse
 import csv
-import math
+import itertools
+import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluations.evaluate import count_problem, measure_pairs, of_expected, pair_results
+from evaluations.evaluate import measure, of_expected
 from utils.derain import Derainer, is_current, remember_settings, remembered_settings, results_settings
 from utils.devices import add_gpus, choose_device
 from utils.files import UserError, disk_failed, listed, reports_errors, sentence, software, write_csv, write_text
@@ -25,69 +26,51 @@ from utils.pairs import DATASETS, how_to_get
 from utils.pictures import find_pictures, is_picture, write_picture
 from utils.weights import RELEASED, load_released, released_path
 
-FACTS = Path(__file__).parent
 SETS = ("Rain200L", "Rain200H", "DID-Data", "DDN-Data", "SPA-Data")
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
 HEADER = ("method", "PSNR", "paper", "difference", "SSIM", "paper", "difference", "pictures")
-COLUMNS = (
-    *("dataset", "protocol", "method", "psnr", "paper_psnr", "psnr_difference"),
-    *("ssim", "paper_ssim", "ssim_difference", "pictures", "expected_pictures"),
-)
-
-
-class Score(NamedTuple):
-    """Mean PSNR in dB and SSIM, and over how many pictures (None: the paper does not say)."""
-
-    psnr: float
-    ssim: float
-    pictures: int | None = None
-
-
-class Row(NamedTuple):
-    """One method on one data set. Scores that do not exist are None."""
-
-    dataset: str
-    method: str
-    ours: Score | None
-    paper: Score | None
-
-    def numbers(self):
-        """-> PSNR, the paper's, their difference, SSIM, the paper's, their difference."""
-        values = []
-        for ours, paper in zip((self.ours or (None, None))[:2], (self.paper or (None, None))[:2]):
-            values += [ours, paper, None if ours is None or paper is None else ours - paper]
-        return values
-
-    def cells(self):
-        """-> the row's cells after the method's name, as text."""
-        formats = (".2f", ".2f", "+.2f", ".4f", ".4f", "+.4f")
-        cells = ["–" if value is None else format(value, form) for form, value in zip(formats, self.numbers())]
-        expected = DATASETS[self.dataset].test_pairs
-        return [*cells, f"{self.ours.pictures} of {expected}" if self.ours else "only the paper's number"]
+FORMATS = {
+    **{"psnr": ".2f", "paper_psnr": ".2f", "psnr_difference": "+.2f"},
+    **{"ssim": ".4f", "paper_ssim": ".4f", "ssim_difference": "+.4f"},
+}
+COLUMNS = ("dataset", "protocol", "method", *FORMATS, "pictures", "expected_pictures")
 
 
 def read_facts(name):
-    with open(FACTS / name, newline="", encoding="utf-8") as file:
+    with open(Path(__file__).with_name(name), newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def paper_scores():
-    """Table 1 of the paper -> dict of (data set, method) -> Score, in the table's order."""
+def paper_scores(dataset):
+    """Table 1 of the paper for one data set -> dict of method -> (PSNR, SSIM), in the table's order."""
     rows = read_facts("paper_table1.csv")
-    return {
-        (dataset, row["method"]): Score(float(row[f"{dataset}_psnr"]), float(row[f"{dataset}_ssim"]))
-        for dataset in SETS
-        for row in rows
-    }
+    return {row["method"]: (float(row[f"{dataset}_psnr"]), float(row[f"{dataset}_ssim"])) for row in rows}
 
 
-def as_markdown(rows, missing=(), downloads=()):
+def table_row(dataset, method, ours, paper, pictures=None):
+    """-> dict of COLUMNS. Ours and the paper's are (PSNR, SSIM), or None where there is none."""
+    recipe = DATASETS[dataset]
+    row = {"dataset": dataset, "protocol": recipe.protocol, "method": method}
+    for metric, our_value, paper_value in zip(("psnr", "ssim"), ours or (None, None), paper or (None, None)):
+        row |= {metric: our_value, f"paper_{metric}": paper_value}
+        row[f"{metric}_difference"] = our_value - paper_value if ours and paper else None
+    return {**row, "pictures": pictures, "expected_pictures": recipe.test_pairs}
+
+
+def cells(row):
+    """-> the text of a row under HEADER."""
+    numbers = ["–" if row[name] is None else format(row[name], form) for name, form in FORMATS.items()]
+    pictures = f"{row['pictures']} of {row['expected_pictures']}" if row["pictures"] else "only the paper's number"
+    return [row["method"], *numbers, pictures]
+
+
+def as_markdown(table, missing=(), downloads=()):
+    """-> a table for each data set; `table` is a dict of data set -> rows."""
     lines = []
-    for dataset in dict.fromkeys(row.dataset for row in rows):
+    for dataset, rows in table.items():
         lines += [f"### {dataset}, protocol `{DATASETS[dataset].protocol}`", ""]
         lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
-        lines += [f"| {row.method} | {' | '.join(row.cells())} |" for row in rows if row.dataset == dataset]
-        lines.append("")
+        lines += [*(f"| {' | '.join(cells(row))} |" for row in rows), ""]
     lines.append("Made with " + ", ".join(f"{name} {version}" for name, version in software().items()) + ".")
     for title, sentences in (("Missing", missing), ("Could be measured, too", downloads)):
         if sentences:
@@ -95,26 +78,16 @@ def as_markdown(rows, missing=(), downloads=()):
     return "\n".join(lines) + "\n"
 
 
-def as_latex(rows):
+def as_latex(table):
     """-> a tabular for papers (package booktabs)."""
     lines = [r"\begin{tabular}{lccccccc}", r"\toprule", " & ".join(HEADER) + r" \\"]
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        protocol = DATASETS[dataset].protocol
-        lines += [r"\midrule", rf"\multicolumn{{8}}{{c}}{{{dataset} ({protocol})}} \\", r"\midrule"]
+    for dataset, rows in table.items():
+        title = f"{dataset} ({DATASETS[dataset].protocol})"
+        lines += [r"\midrule", rf"\multicolumn{{8}}{{c}}{{{title}}} \\", r"\midrule"]
         for row in rows:
-            if row.dataset == dataset:
-                method = "".join(f"\\{c}" if c in "_&%#${}" else c for c in row.method)
-                lines.append(" & ".join([method, *row.cells()]).replace("–", "--") + r" \\")
+            escaped = [re.sub(r"([_&%#${}])", r"\\\1", cell).replace("–", "--") for cell in cells(row)]
+            lines.append(" & ".join(escaped) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def as_csv(rows):
-    """-> list of rows in the order of COLUMNS."""
-    return [
-        [row.dataset, DATASETS[row.dataset].protocol, row.method, *row.numbers()]
-        + [row.ours.pictures if row.ours else None, DATASETS[row.dataset].test_pairs]
-        for row in rows
-    ]
 
 
 def holds_pictures(folder):
@@ -149,53 +122,39 @@ def derain_test_set(model, dataset, device, args):
     return problems
 
 
-def measure_method(method, dataset, args):
-    """-> Score, or None if nothing could be measured; list of sentences on what is missing or odd."""
-    pairs, unpaired = pair_results(args.results_dir / method / dataset, args.data_dir / dataset / "test" / "target")
-    rows, unmeasured = measure_pairs(pairs, DATASETS[dataset].protocol)
-    problems = [*unpaired, *unmeasured, *count_problem(len(rows), dataset)]
-    if not rows:
-        return None, problems
-    psnr = sum(values[0] for _, values in rows) / len(rows)
-    ssim = sum(values[1] for _, values in rows) / len(rows)
-    if psnr == math.inf:
-        problems.append("some results are identical to their clean pictures")
-    print(f"{method}: {psnr:.4f} dB, {ssim:.6f}, {of_expected(len(rows), dataset)}")
-    return Score(psnr, ssim, len(rows)), problems
-
-
-def reproduce(args):
-    """-> list of Row, list of sentences on what is missing."""
-    rows, missing, paper = [], [], paper_scores()
-    device = choose_device(args.gpus)
-    for dataset in dict.fromkeys(args.datasets):
-        targets, failed = args.data_dir / dataset / "test" / "target", set()
-        measurable = holds_pictures(targets)
-        if not measurable:
-            missing.append(f"{targets} is not there: {how_to_get(dataset)}")
-        for model in dict.fromkeys(args.models) if measurable else ():
-            try:
-                problems = derain_test_set(model, dataset, device, args)
-            except (UserError, OSError, torch.OutOfMemoryError) as error:
-                failed.add(model)  # what lies in its folder may be of other weights
-                missing.append(f"{model} on {dataset} was not derained: {sentence(error)}")
-            else:
-                missing += [f"{model} on {dataset}: {problem}" for problem in problems[:3]]
-        methods = [method for name, method in paper if name == dataset]
-        found = sorted(path.parent.name for path in args.results_dir.glob(f"*/{dataset}") if holds_pictures(path))
-        for method in dict.fromkeys([*methods, *found]):
-            score = None
-            if measurable and method in found and method not in failed:
-                score, problems = measure_method(method, dataset, args)
-                if problems:
-                    missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
-            rows.append(Row(dataset, method, score, paper.get((dataset, method))))
+def reproduce_set(dataset, device, args):
+    """-> rows of the table for one data set, list of sentences on what is missing or odd."""
+    targets, paper = args.data_dir / dataset / "test" / "target", paper_scores(dataset)
+    if not holds_pictures(targets):
+        rows = [table_row(dataset, method, None, scores) for method, scores in paper.items()]
+        return rows, [f"{targets} is not there: {how_to_get(dataset)}"]
+    missing, failed = [], set()
+    for model in args.models:
+        try:
+            problems = derain_test_set(model, dataset, device, args)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            failed.add(model)  # what lies in its folder may be of other weights
+            missing.append(f"{model} on {dataset} was not derained: {sentence(error)}")
+        else:
+            missing += [f"{model} on {dataset}: {problem}" for problem in problems[:3]]
+    found = {path.parent.name: path for path in sorted(args.results_dir.glob(f"*/{dataset}")) if holds_pictures(path)}
+    rows = []
+    for method in dict.fromkeys([*paper, *found]):
+        measured, problems, ours = [], [], None
+        if method in found and method not in failed:
+            measured, problems = measure(found[method], targets, DATASETS[dataset].protocol, dataset)
+        if measured:
+            ours = np.mean([values[:2] for _, values in measured], axis=0).tolist()
+            print(f"{method}: {ours[0]:.4f} dB, {ours[1]:.6f}, {of_expected(len(measured), dataset)}")
+        if problems:
+            missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
+        rows.append(table_row(dataset, method, ours, paper.get(method), len(measured)))
     return rows, missing
 
 
 def downloads_of(rows, results_dir):
     """-> list of sentences on where the result pictures of methods that were not measured can be downloaded."""
-    unmeasured = {(row.dataset, row.method) for row in rows if not row.ours}
+    unmeasured = {(row["dataset"], row["method"]) for row in rows if not row["pictures"]}
     return [
         f"{fact['method']} on {fact['dataset']}: download its pictures from {fact['baidu_url']} (code "
         f"{fact['baidu_code']}) and put them into {results_dir / fact['method'] / fact['dataset']}"
@@ -217,11 +176,17 @@ def main(argv=None):
     add("--output", type=Path, default=Path("results/table"), help="of .md, .csv and .tex (default: %(default)s)")
     add_gpus(parser)
     args = parser.parse_args(argv)
-    rows, missing = reproduce(args)
-    write_text(f"{args.output}.md", as_markdown(rows, missing, downloads_of(rows, args.results_dir)))
-    write_csv(f"{args.output}.csv", COLUMNS, as_csv(rows))
-    write_text(f"{args.output}.tex", as_latex(rows))
-    print(f"\n{as_markdown([row for row in rows if row.ours or row.method in args.models])}")
+    device, table, missing = choose_device(args.gpus), {}, []
+    for dataset in args.datasets:
+        table[dataset], problems = reproduce_set(dataset, device, args)
+        missing += problems
+    rows = list(itertools.chain(*table.values()))
+    write_text(f"{args.output}.md", as_markdown(table, missing, downloads_of(rows, args.results_dir)))
+    write_csv(f"{args.output}.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
+    write_text(f"{args.output}.tex", as_latex(table))
+    for dataset, rows in table.items():
+        table[dataset] = [row for row in rows if row["pictures"] or row["method"] in args.models]
+    print(f"\n{as_markdown(table)}")
     print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
     if missing:
         sys.exit(f"error: the table is made, but not all could be measured:{listed(missing, len(missing))}")

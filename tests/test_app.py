@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from PIL import Image
 
@@ -85,14 +85,12 @@ def press(tmp_path, narrow_weights, monkeypatch):
 
 def test_results_are_those_of_the_derainer(derain, derainer, tmp_path):
     write_png(tmp_path / "a.png", noise(40, 56))
-    Image.fromarray(noise(260, 40)).save(tmp_path / "b.jpg")
     Image.fromarray(noise(40, 40)[..., 0].astype(np.uint16) * 257).save(tmp_path / "c.tif")
-    uploads = [tmp_path / name for name in ("a.png", "b.jpg", "c.tif")]
-    assert derain(*uploads) == (["a.png", "b.png", "c.png"], [])
-    for path in uploads:
-        picture = read_picture(path)
+    assert derain(tmp_path / "a.png", tmp_path / "c.tif") == (["a.png", "c.png"], [])
+    for name in ("a.png", "c.tif"):
+        picture = read_picture(tmp_path / name)
         write_picture(tmp_path / "expected.png", picture._replace(pixels=derainer(picture.pixels)))
-        result = tmp_path / "derained" / f"{path.stem}.png"
+        result = (tmp_path / "derained" / name).with_suffix(".png")
         assert result.read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
@@ -101,22 +99,14 @@ def test_what_cannot_be_done_is_named_and_does_not_lose_the_others(derain, tmp_p
     for name in ("a.png", "sub/a.png", "z.png"):
         write_png(tmp_path / name, noise(40, 56))
     (tmp_path / "broken.jpg").write_bytes(b"broken")
-    uploads = [tmp_path / name for name in ("a.png", "broken.jpg", "gone.png", "sub/a.png", "z.png")]
-    names, problems = derain(*uploads)
+    write_png(tmp_path / "large.png", noise(1000, 1001))
+    content = (tmp_path / "large.png").read_bytes()
+    (tmp_path / "large.png").write_bytes(content[:100])  # decoding it would fail
+    names, problems = derain(*[tmp_path / name for name in ("a.png", "broken.jpg", "large.png", "sub/a.png", "z.png")])
     text = "\n".join(problems)
     assert names == ["a.png", "z.png"] and len(problems) == 3 and str(tmp_path) not in text
-    assert "broken.jpg cannot be read as a picture" in text and "gone.png does not exist" in text
+    assert "broken.jpg cannot be read as a picture" in text and "large.png has more than 1 megapixels" in text
     assert "a.png and another file would both become a.png: rename one" in text
-
-
-def test_large_pictures_are_refused_before_they_are_decoded(derain, tmp_path):
-    write_png(tmp_path / "a.png", noise(1000, 1001))
-    content = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(content[:100])  # decoding it would fail
-    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"]}
-    tifffile.imwrite(tmp_path / "b.tif", np.zeros((1100, 1000, 2), np.uint16), **options)  # which Pillow cannot open
-    names, problems = derain(tmp_path / "a.png", tmp_path / "b.tif")
-    assert not names and all("has more than 1 megapixels" in problem for problem in problems) and len(problems) == 2
 
 
 @pytest.mark.parametrize("count, size", [(5, (40, 56)), (2, (600, 300))])  # pictures of one window, and of six
@@ -137,24 +127,20 @@ def test_work_is_stopped_and_what_is_done_is_kept(derain, tmp_path, count, size)
 
 def test_clips_are_derained_within_the_limits(derain, tmp_path):
     pytest.importorskip("av", reason="PyAV is not installed: pip install -r requirements-extras.txt")
-    from tests.test_video import arrays, drifting_colours, write_clip
+    from tests.test_video import drifting_colours, write_clip
 
-    clip = write_clip(tmp_path / "clip.mp4", drifting_colours(4))
+    clip, large = write_clip(tmp_path / "clip.mp4", drifting_colours(4)), tmp_path / "large.mp4"
     seen = []
     assert derain(clip, watch=lambda *progress: seen.append(progress)) == (["clip.mp4"], [])
     assert seen == [(number, 4) for number in range(1, 5)]
-    assert len(arrays(tmp_path / "derained" / "clip.mp4")) == 4
 
     def stop(done, total):
         if done == 2:
             raise app.Stopped("Stopped.")
 
     assert derain(clip, watch=stop) == ([], ["Stopped."])
-    write_clip(tmp_path / "large.mp4", drifting_colours(1, 1024, 1024))
-    (tmp_path / "broken.mp4").write_bytes(b"broken")
-    names, problems = derain(tmp_path / "large.mp4", tmp_path / "broken.mp4")
-    assert not names and problems[0].startswith("large.mp4 has frames of more than 1 megapixels")
-    assert problems[1].startswith("broken.mp4 cannot be read as a video")
+    write_clip(large, drifting_colours(1, 1024, 1024))
+    assert derain(large) == ([], ["large.mp4 has more than 1 megapixels a frame: reduce them."])
 
 
 def test_the_page_shows_results_and_problems(press, tmp_path):
@@ -169,7 +155,8 @@ def test_the_page_shows_results_and_problems(press, tmp_path):
     slider, _, file, status = press(tmp_path / "b.png", tmp_path / "a.png")
     assert status.startswith("2 files derained in ") and sorted(zipfile.ZipFile(file).namelist()) == ["a.png", "b.png"]
     assert np.array_equal(slider["value"][0], read_picture(tmp_path / "b.png").pixels)
-    assert "Choose pictures or a clip first." in press()[3]
+    slider, video, file, status = press()
+    assert slider["visible"] and not slider["value"] and file is None and "Choose pictures or a clip first." in status
 
 
 def test_the_time_limit_and_the_visitor_stop_the_work(press, tmp_path):
@@ -226,6 +213,8 @@ def test_the_app_serves_its_files_alone_and_ends_without_leaving_any(server, tmp
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     write_png(tmp_path / "a.png", noise(40, 56))
     write_png(tmp_path / "long.png", noise(1000, 1000))
+    page = gradio_client.client.httpx.get(url).text
+    assert not re.search(r'(src|href)="(https?:)?//(?!127)', page), "the page loads something from elsewhere"
     client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
     chosen = os.path.relpath(narrow_weights, OWN_WEIGHTS.parent)
     uploads = [gradio_client.handle_file(tmp_path / name) for name in ("a.png", "long.png")]
@@ -245,15 +234,14 @@ def test_the_app_serves_its_files_alone_and_ends_without_leaving_any(server, tmp
 
 
 def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoints"
-    own, mine, other = folder / "nerd_rain_s.pth", folder / "models" / "mine" / "model_best.pth", tmp_path / "other.pth"
+    own, mine = tmp_path / "checkpoints" / "own.pth", tmp_path / "checkpoints" / "models" / "mine.pth"
     mine.parent.mkdir(parents=True)
     own.touch()
     mine.touch()
     monkeypatch.setattr(app, "OWN_WEIGHTS", own)
-    names = {"nerd_rain_s.pth": own, "models/mine/model_best.pth": mine, "../other.pth": other}
-    for chosen, order in ((own, [0, 1]), (mine, [1, 0]), (other, [2, 0, 1])):
-        assert list(app.find_weights(chosen).items()) == [list(names.items())[number] for number in order]
+    assert list(app.find_weights(own).items()) == [("own.pth", own), ("models/mine.pth", mine)]
+    assert list(app.find_weights(mine)) == ["models/mine.pth", "own.pth"]
+    assert list(app.find_weights(tmp_path / "other.pth")) == ["../other.pth", "own.pth", "models/mine.pth"]
 
 
 @pytest.mark.parametrize(
@@ -275,28 +263,3 @@ def test_a_missing_library_is_named():
     code = "import sys; sys.modules['gradio'] = None; import app"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "pip install -r requirements-app.txt" in result.stderr
-
-
-@pytest.mark.slow
-def test_a_browser_loads_nothing_from_elsewhere(server, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="it needs playwright: pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("Chromium is not installed")
-    process, url = server
-    write_png(tmp_path / "a.png", noise(300, 400))
-    options = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-    with playwright.sync_playwright() as driver:
-        page, requested = driver.chromium.launch(executable_path=chromium, args=options).new_page(), []
-        page.set_default_timeout(120_000)
-        page.on("request", lambda request: requested.append(request.url))
-        page.goto(url)
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
-        page.get_by_text("a.png", exact=True).wait_for()
-        page.get_by_role("button", name="Derain", exact=True).click()
-        page.wait_for_function(
-            "[...document.querySelectorAll('textarea')].some(t => t.value.includes('1 file derained'))"
-        )
-        process.terminate()  # while the page is open
-        assert process.wait(600) == 0 and not files_below(tmp_path / "served")
-    assert requested and all(address.startswith((url, "data:", "blob:")) for address in requested)

@@ -1,5 +1,3 @@
-import itertools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -65,16 +63,15 @@ def test_windows_give_the_published_pictures(reference_net, key):
 @given(window=st.sampled_from([16, 48, 256]), beyond=st.integers(0, 700))
 def test_windows_cover_every_pixel_once_and_tiles_sum_to_one(window, beyond):
     side, overlap = window + beyond, window // 8
-    for spans in (window_spans(side, window), tile_spans(side, window, overlap)):
+    windows, tiles = window_spans(side, window), tile_spans(side, window, overlap)
+    for spans in (windows, tiles):
         total = np.zeros(side)
         for start, weights in spans:
-            assert start >= 0 and len(weights) == window and weights.min() >= 0
+            assert weights.min() >= 0 and weights.max() > 0
             total[start : start + window] += weights
         assert total == pytest.approx(1, abs=1e-6)
-        starts = [start for start, _ in spans]
-        assert starts == sorted(set(starts))
-    assert all(b - a <= window - overlap for a, b in itertools.pairwise(starts))
-    assert all(np.isin(weights, (0, 1)).all() for _, weights in window_spans(side, window))
+    assert all(np.isin(weights, (0, 1)).all() for _, weights in windows)
+    assert np.diff([start for start, _ in tiles]).max(initial=0) <= window - overlap
 
 
 @settings(max_examples=60)
@@ -97,25 +94,20 @@ def test_a_network_that_changes_nothing_returns_the_picture(narrow_net, height, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3), (16, 16), (31, 33), (70, 100), (300, 17)])
-def test_pictures_of_any_size_are_derained(narrow_net, size, mode):
-    image, derainer = random_picture(*size), Derainer(narrow_net, mode, window=32)
-    result = derainer(image)
-    assert result.shape == image.shape and result.dtype == np.uint8 and not np.array_equal(result, image)
-    exact = derainer(np.float32(image / 255))
-    assert exact.min() >= 0 and exact.max() <= 1 and levels(result, np.round(exact * 255)) <= 1
+def test_results_are_clamped_and_rounded_and_keep_their_precision(narrow_net, mode):
+    image, derainer = random_picture(70, 33, dtype=np.uint16), Derainer(narrow_net, mode, window=32)
+    exact = derainer((image / np.float32(65535)).astype(np.float32))
+    assert exact.min() >= 0 and exact.max() <= 1 and exact.std() > 0.1
+    assert np.abs(derainer(image) / 65535 - exact).max() < 1e-5
+    small = random_picture(70, 33)
+    assert levels(derainer(small), np.round(derainer(np.float32(small / 255)) * 255)) <= 1
 
 
 def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
     image = random_picture(20, 48)
     padded = np.concatenate([image, image[18:6:-1]])  # 32 rows
-    derainer = Derainer(narrow_net, "window", 64)
-    assert np.array_equal(derainer(image), derainer(padded)[:20])
-
-
-def test_small_pictures_are_the_same_in_every_mode(narrow_net):
-    results = [Derainer(narrow_net, mode, window=48)(random_picture(40, 27)) for mode in MODES]
-    assert all(np.array_equal(result, results[0]) for result in results)
+    expected = Derainer(narrow_net, "whole")(padded)[:20]
+    assert all(np.array_equal(Derainer(narrow_net, mode, 64)(image), expected) for mode in MODES)
 
 
 def test_tiles_leave_no_seam_where_windows_do(narrow_net):
@@ -207,27 +199,10 @@ def test_results_are_copied_before_the_next_batch_replaces_them(narrow_net, monk
 
 
 def test_float32_on_a_gpu_is_not_tf32(narrow_net):
-    """The setting is the caller's again afterwards, also if the network fails."""
-    seen, before = [], torch.backends.cudnn.allow_tf32
-
-    def fail(x):
-        seen.append(torch.backends.cudnn.allow_tf32)
-        raise ArithmeticError
-
-    derainer = Derainer(narrow_net, window=32)
-    derainer.forward = fail
-    with pytest.raises(ArithmeticError):
-        derainer(random_picture(32, 32))
+    seen, before, derainer = [], torch.backends.cudnn.allow_tf32, Derainer(narrow_net, window=32)
+    derainer.forward = lambda x: [seen.append(torch.backends.cudnn.allow_tf32), x][1]
+    derainer(random_picture(32, 32))
     assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
-
-
-def test_sixteen_bits_and_floats_keep_their_precision(narrow_net):
-    image = random_picture(32, 48, dtype=np.uint16)
-    derainer = Derainer(narrow_net)
-    sixteen, exact = derainer(image), derainer((image / np.float32(65535)).astype(np.float32))
-    assert sixteen.dtype == np.uint16 and exact.dtype == np.float32
-    assert np.abs(sixteen / 65535 - exact).max() < 1e-5
-    assert len(np.unique(sixteen)) > 256
 
 
 def test_the_ensemble_turns_with_the_picture(narrow_net):
@@ -314,39 +289,36 @@ def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"window": 0}, {"window": -16}, {"window": 100}, {"mode": "tiles"}, {"mode": "whole", "compile": True}],
+    "options", [{"window": 0}, {"window": 100}, {"mode": "tiles"}, {"mode": "whole", "compile": True}]
 )
 def test_options_that_do_not_fit_are_refused(narrow_net, options):
-    with pytest.raises(ValueError, match=r"must be|compile needs"):
+    with pytest.raises(UserError, match="must be"):
         Derainer(narrow_net, **options)
 
 
 def test_results_are_current_if_made_with_the_same_weights_and_settings(narrow_net, narrow_weights, tmp_path):
-    weights, result = tmp_path / "a.pth", tmp_path / "out" / "sub" / "a.png"
-    shutil.copy(narrow_weights, weights)
+    folder, result = tmp_path / "out", tmp_path / "out" / "sub" / "a.png"
     result.parent.mkdir(parents=True)
     result.touch()
-    made = results_settings(weights, Derainer(narrow_net))
-    assert not is_current(result, made, tmp_path / "out")  # nobody knows how it was made
-    remember_settings(tmp_path / "out", made)
-    since = (tmp_path / "out" / "settings.json").stat().st_mtime_ns
+    made = results_settings(narrow_weights, Derainer(narrow_net))
+    assert not is_current(result, made, folder)  # nobody knows how it was made
+    remember_settings(folder, made)
+    since = (folder / "settings.json").stat().st_mtime_ns
     for age, expected in ((-1, False), (0, True), (1, True)):
         os.utime(result, ns=(since + age * 10**9, since + age * 10**9))
-        assert is_current(result, made, tmp_path / "out") == expected
-    assert not is_current(result, made) and not is_current(result.with_name("b.png"), made, tmp_path / "out")
-    remember_settings(tmp_path / "out", dict(made))  # is no change
-    assert (tmp_path / "out" / "settings.json").stat().st_mtime_ns == since
-    with open(weights, "ab") as file:
-        file.write(b"\0")
-    others = [results_settings(weights, Derainer(narrow_net)), results_settings(narrow_weights, Derainer(narrow_net))]
+        assert is_current(result, made, folder) == expected
+    assert not is_current(result.with_name("b.png"), made, folder)
+    remember_settings(folder, dict(made))  # is no change
+    assert (folder / "settings.json").stat().st_mtime_ns == since
+    other_weights = tmp_path / "a.pth"
+    other_weights.write_bytes(narrow_weights.read_bytes() + b"\0")
     options = {"mode": "window"}, {"window": 128}, {"bf16": True}, {"ensemble": True}
-    others += [results_settings(narrow_weights, Derainer(narrow_net, **option)) for option in options]
-    assert [other == made for other in others] == [False, True, False, False, False, False]
-    assert not any(is_current(result, other, tmp_path / "out") for other in others if other != made)
+    others = [results_settings(narrow_weights, Derainer(narrow_net, **option)) for option in options]
+    for other in [*others, results_settings(other_weights, Derainer(narrow_net))]:
+        assert not is_current(result, other, folder)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", json.dumps({"editor.fontSize": 12})])
+@pytest.mark.parametrize("content", ["", "[1]", '{"editor.fontSize": 12}'])
 def test_a_settings_file_of_another_program_is_not_replaced(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(UserError, match=r"settings\.json .* choose another folder"):
@@ -368,19 +340,17 @@ def test_arrays_of_all_kinds_come_back_as_they_went_in(narrow_weights, shape, dt
         np.testing.assert_array_equal(result, Derainer(load_network(narrow_weights))(image))
 
 
-def test_images_come_back_as_they_went_in(narrow_weights):
-    pixels = random_picture(40, 50)
-    result = derain(Image.fromarray(pixels), narrow_weights, gpus="cpu")
-    assert isinstance(result, Image.Image)
-    np.testing.assert_array_equal(np.asarray(result), derain(pixels, narrow_weights, gpus="cpu"))
-    for mode, kept in (("1", "L"), ("L", "L"), ("LA", "LA"), ("P", "RGB"), ("RGBA", "RGBA"), ("CMYK", "RGB")):
-        image = Image.fromarray(pixels).convert(mode)
-        image.info["icc_profile"] = b"profile"
-        result = derain(image, narrow_weights, gpus="cpu")
-        assert result.mode == kept and ("icc_profile" in result.info) == (mode != "CMYK")
-    grey = np.float32(pixels[..., 0] / 255)
-    result = derain(Image.fromarray(grey), narrow_weights, gpus="cpu")
-    np.testing.assert_array_equal(np.asarray(result), derain(grey, narrow_weights, gpus="cpu"))
+KEPT_MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "P": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}
+
+
+@pytest.mark.parametrize("mode, kept", KEPT_MODES.items())
+def test_images_come_back_as_they_went_in(narrow_weights, mode, kept):
+    image = Image.fromarray(random_picture(40, 50)).convert(mode)
+    image.info["icc_profile"] = b"profile"
+    result = derain(image, narrow_weights, gpus="cpu")
+    assert result.mode == kept and ("icc_profile" in result.info) == (mode != "CMYK")
+    if mode == kept:
+        np.testing.assert_array_equal(np.asarray(result), derain(np.asarray(image), narrow_weights, gpus="cpu"))
 
 
 def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
@@ -389,36 +359,27 @@ def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
     write_png("a.png", pixels)
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), derain(pixels, narrow_weights, gpus="cpu"))
-    assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif")
     Image.fromarray(pixels).convert("RGBA").save("d.png")
-    Path("folder").mkdir()
-    assert derain("d.png", narrow_weights, output="folder", gpus="cpu") == Path("folder/d.png")
-    assert read_picture("folder/d.png").alpha is not None
-    for output, reason in (("d.jpg", "alpha"), ("a.pdf", "endings"), ("a", "endings")):
-        with pytest.raises(UserError, match=f"{output} cannot be written.*{reason}"):
-            derain("d.png", narrow_weights, output=output, gpus="cpu")
-    with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
-        derain("results/a.png", narrow_weights, gpus="cpu")
-    with pytest.raises(UserError, match=r"c\.png does not exist"):
-        derain("c.png", narrow_weights, gpus="cpu")
-    with pytest.raises(UserError, match=r"c\.pth does not exist"):
-        derain("a.png", "c.pth", gpus="cpu")
-    with pytest.raises(UserError, match=r"--gpus 99: PyTorch .* GPUs here"):
-        derain("a.png", narrow_weights, gpus=99)
+    assert derain(Path("d.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif")
+    assert read_picture("b.tif").alpha is not None
+    for image, options, message in (
+        ("d.png", {"output": "a.pdf"}, r"a\.pdf cannot be written"),
+        ("results/a.png", {}, r"results/a\.png: its result would overwrite it"),
+        ("c.png", {}, r"c\.png does not exist"),
+        ("a.png", {"weights": "c.pth"}, r"c\.pth does not exist"),
+        ("a.png", {"gpus": 99}, r"--gpus 99: PyTorch .* GPUs here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            derain(image, **{"weights": narrow_weights, "gpus": "cpu", **options})
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((4, 4, 5), np.uint8),
-        np.zeros((2, 4, 4, 3)),
-        np.zeros((4, 4), int),
-        np.full((4, 4), 255.0),
-        np.full((4, 4), np.nan),
-        torch.zeros(4, 4, 3),
-        [[0]],
-    ],
-)
+NO_PICTURES = [
+    *(np.zeros((4, 4, 5), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((4, 4), int), np.zeros((0, 4, 3)), [[0]]),
+    *(np.full((4, 4), 255.0), np.full((4, 4), np.nan), torch.zeros(4, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("image", NO_PICTURES)
 def test_arrays_that_are_no_pictures_are_refused(narrow_weights, image):
     with pytest.raises(ValueError, match="expected"):
         derain(image, narrow_weights, gpus="cpu")

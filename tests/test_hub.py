@@ -26,8 +26,6 @@ def test_own_weights():
     assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
     with pytest.raises(UserError, match=r"no weights of NeRD-Rain; .* pretrained='Rain200L', 'Rain200H'"):
         load("nerd_rain", pretrained=True)
-    with pytest.raises(UserError, match="no weights of NeRD-Rain-MPRNet; the authors' are pretrained='unstated'"):
-        load("nerd_rain_mprnet", pretrained=True)
 
 
 def test_released_weights(tmp_path, monkeypatch, narrow_weights):
@@ -36,8 +34,6 @@ def test_released_weights(tmp_path, monkeypatch, narrow_weights):
     (tmp_path / "NeRD-Rain-S").mkdir()
     (tmp_path / "NeRD-Rain-S" / "Rain200L.pth").write_bytes(narrow_weights.read_bytes())
     assert load("nerd_rain_s", pretrained="Rain200L").options["dim"] == 8
-    with pytest.raises(UserError, match="no weights NeRD-Rain-S/Rain12 were released"):
-        load("nerd_rain_s", pretrained="Rain12")
 
 
 def test_pictures_are_derained(narrow_weights):

@@ -53,11 +53,6 @@ def test_some_rain_falls_from_any_side():
     assert 0.02 < np.mean(angles) < 0.4
 
 
-def test_all_styles_are_drawn_by_their_shares():
-    assert sum(style.share for style in STYLES.values()) == pytest.approx(1)
-    assert all(style.share > 0 for style in STYLES.values())
-
-
 @pytest.mark.parametrize("size", [(1, 1), (16, 200), (64, 64)])
 def test_pictures_of_any_size_get_rain(size):
     for seed in range(6):

@@ -22,9 +22,10 @@ def narrow_is_published(monkeypatch, tmp_path):
 @pytest.fixture
 def mirror(tmp_path, narrow_weights):
     """A folder that mirrors one file of released weights."""
-    (tmp_path / "mirror" / "NeRD-Rain-S").mkdir(parents=True)
-    shutil.copy(narrow_weights, tmp_path / "mirror" / "NeRD-Rain-S" / "Rain200L.pth")
-    return str(tmp_path / "mirror")
+    folder = tmp_path / "mirror" / "NeRD-Rain-S"
+    folder.mkdir(parents=True)
+    shutil.copy(narrow_weights, folder / "Rain200L.pth")
+    return str(folder.parent)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -72,12 +73,12 @@ def test_the_list_names_all_weights_and_where_they_are(capsys, mirror):
     assert {"/".join(name) for name in weights.released_weights()} | {"own"} <= set(lines)
     assert lines["own"].endswith("checkpoints/nerd_rain_s.pth")
     assert lines["NeRD-Rain-S/Rain200L"].endswith("released/NeRD-Rain-S/Rain200L.pth")
-    assert "22.89 M  not here: https://drive.google.com/" in lines["NeRD-Rain/Rain200L"]
+    assert "not here: https://drive.google.com/" in lines["NeRD-Rain/Rain200L"]
 
 
 def test_an_interrupted_download_leaves_nothing_in_place_and_is_resumed(host, narrow_weights, tmp_path):
     host.content, host.cut_at = narrow_weights.read_bytes(), 1_000_000
-    with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete.*Repeat the command to resume"):
+    with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete.*the same command resumes it"):
         fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
     (part,) = (tmp_path / "new").iterdir()
     received = part.stat().st_size
@@ -92,14 +93,10 @@ def test_an_interrupted_download_leaves_nothing_in_place_and_is_resumed(host, na
 def test_only_the_right_network_takes_its_place(host, narrow_weights, tmp_path):
     other = tmp_path / "other.pth"
     save_checkpoint(other, state_dict=ablations.build(8, (1, 1, 2)).state_dict())
-    whole = narrow_weights.read_bytes()
-    middle = len(whole) // 2
     contents = {
-        "sent a web page .*Quota exceeded": b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>",
+        "or is no PyTorch file": b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>",
         "holds a network of width 8": other.read_bytes(),
-        "damaged": whole[:middle],
-        r"\bdamaged": whole[:middle] + bytes(4000) + whole[middle + 4000 :],
-        "no PyTorch file": b'{"error": "quota"}',
+        "damaged": narrow_weights.read_bytes()[:1_000_000],
         "404": None,
     }
     path = tmp_path / "released" / "s.pth"

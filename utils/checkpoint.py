@@ -29,32 +29,30 @@ def load_checkpoint(path):
 
     Only tensors and plain containers are unpickled. Raises UserError for a file that is no checkpoint.
     """
-    reason = "incomplete or damaged"
     try:
         if zipfile.is_zipfile(path):  # the format since PyTorch 1.6
             with zipfile.ZipFile(path) as archive:
-                if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
-                    reason = "compressed, as torch.save never writes it"  # megabytes could become gigabytes
-                    raise zipfile.BadZipFile
-                if archive.testzip():  # torch does not verify checksums
+                compressed = any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist())
+                # torch.save never compresses, and megabytes could become gigabytes; torch.load checks no checksums.
+                if compressed or archive.testzip():
                     raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a .pth file that train.py wrote or that was released.") from None
     except Exception as error:  # what torch raises on a broken file depends on where it is broken
+        reason = "incomplete or damaged"
         if "weights_only" in str(error):  # torch advises to disable the check, which would run code from the file
             reason = "it holds more than tensors, or is no PyTorch file"
         elif isinstance(error, OSError) and error.filename:
             reason = error.strerror
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}): download or copy it again.") from error
     parts = dict(content) if isinstance(content, dict) and "state_dict" in content else {"state_dict": content}
-    if parts.get("ema") in (None, {}):
-        parts.pop("ema", None)
     for name in parts.keys() & {"state_dict", "ema"}:
         if not holds_weights(parts[name]):
+            found = list(content)[:3] if isinstance(content, dict) else type(content).__name__
             raise UserError(
                 f'{path} is not a checkpoint of NeRD-Rain: expected a dict whose "state_dict" maps names to tensors, '
-                f"found {type(content).__name__}{f' with {list(content)[:3]}' if isinstance(content, dict) else ''}."
+                f"found {found}."
             )
         parts[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in parts[name].items()}
     return parts
@@ -95,15 +93,14 @@ def load_newest(*paths):
 
 def options_of(weights, path):
     """-> the options of ablations.build for a state dict, inferred from its names and shapes."""
-    transformer = any(name.endswith("attn.temperature") for name in weights)
+    levels = ("encoder_level1_small", "encoder_level2_small", "latent_small")
     try:
         dim = len(weights["patch_embed_small.proj.weight"])
-        levels = ("encoder_level1_small", "encoder_level2_small", "latent_small")
-        num_blocks = tuple(
-            1 + max(int(found[1]) for name in weights if (found := re.match(rf"{level}\.(\d+)\.", name)))
-            for level in levels
-        )
-        heads = tuple(len(weights[f"{level}.0.attn.temperature"]) for level in levels if transformer)
+        num_blocks, heads = [], []
+        for level in levels:
+            num_blocks.append(1 + max(int(name.split(".")[1]) for name in weights if name.startswith(f"{level}.")))
+            if f"{levels[0]}.0.attn.temperature" in weights:
+                heads.append(len(weights[f"{level}.0.attn.temperature"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{path} holds no weights of NeRD-Rain: expected names such as patch_embed_small.proj.weight, "
@@ -122,7 +119,7 @@ def build_network(content, path):
     options = content.get("options") or options_of(weights, path)
     try:
         options = {**DEFAULTS, **options}
-        blocks, passes = (sum(map(abs, options[name])) for name in ("num_blocks", "passes"))
+        blocks, passes = sum(map(abs, options["num_blocks"])), sum(map(abs, options["passes"]))
         if passes * (1 + blocks) > len(weights):  # each pass has weights of its own, and so have its blocks
             raise ValueError(f"more blocks than the {len(weights)} weights in the file")
         with torch.device("meta"):  # no memory and no random numbers before the file is known to fit
@@ -133,11 +130,8 @@ def build_network(content, path):
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if wrong:
-        examples = "; ".join(
-            f"{name}: expected {expected.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
-            for name in wrong[:3]
-        )
-        raise UserError(f"{path} does not fit {network_name(net)} in {len(wrong)} weights, such as {examples}.")
+        example = f"{wrong[0]}: expected {expected.get(wrong[0], 'nothing')}, found {found.get(wrong[0], 'nothing')}"
+        raise UserError(f"{path} does not fit {network_name(net)} in {len(wrong)} weights, such as {example}.")
     weights = {name: tensor.float() for name, tensor in weights.items()}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path} holds weights that are not finite: training diverged, choose an earlier checkpoint.")
@@ -154,9 +148,9 @@ def load_network(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Exports the weights that test.py would use, in half precision.")
     parser.add_argument("checkpoint")
-    parser.add_argument("output")
+    parser.add_argument("output", type=Path)
     args = parser.parse_args(argv)
-    if Path(args.output).exists():
+    if args.output.exists():
         raise UserError(f"{args.output} exists, perhaps with what a run needs to continue: choose another name.")
     net = load_network(args.checkpoint)
     weights = {name: tensor.half() for name, tensor in net.state_dict().items()}

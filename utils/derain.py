@@ -16,18 +16,11 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from model import INR, MULTIPLE
+from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device, strict_float32, usable_cores
 from utils.files import UserError, write_json
-from utils.pictures import (
-    channels_of,
-    from_channels,
-    peak_value,
-    read_picture,
-    reflect_pad,
-    to_channels,
-    write_picture,
-)
+from utils.pictures import from_channels, peak_value, read_picture, reflect_pad, to_channels
 
 MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
@@ -54,13 +47,10 @@ def to_image(tensor, dtype=np.uint8):
 def window_spans(side, window):
     """The published windows along one side of a picture -> list of (start, weights of its pixels).
 
-    They lie on a grid from 0. If it does not end at the edge, a last window lies flush with the edge, of which only the
-    strip that the grid leaves uncovered is used."""
-    grid = [(start, np.ones(window, np.float32)) for start in range(0, side - window + 1, window)]
-    covered = len(grid) * window
-    if covered == side:
-        return grid
-    return [*grid, (side - window, (np.arange(side - window, side) >= covered).astype(np.float32))]
+    They lie on a grid from 0; the last one lies flush with the edge, and pixels count in their first window only."""
+    starts = [*range(0, side - window, window), side - window]
+    ends = [0, *(start + window for start in starts)]
+    return [(start, np.float32(np.arange(start, start + window) >= end)) for start, end in zip(starts, ends)]
 
 
 def tile_spans(side, tile, overlap):
@@ -108,7 +98,7 @@ class Canvas:
         if column < len(self.columns) - 1:
             return
         bottom = top + len(row_weights) if self.added == self.count else self.rows[row + 1][0]
-        finished, rest = self.sums.split([bottom - top, len(row_weights) - (bottom - top)], dim=1)
+        finished, rest = self.sums[:, : bottom - top], self.sums[:, bottom - top :]
         height, width = self.result.shape[:2]
         self.result[top:bottom] = to_image(finished, self.result.dtype)[: height - top, :width]
         self.sums = torch.cat([rest, torch.zeros_like(finished)], dim=1)
@@ -147,9 +137,8 @@ def in_bfloat16(net):
 
 
 class Derainer:
-    """Derains pictures of any size with one network.
-
-    Pictures are H×W×3 RGB arrays, uint8, uint16 or float32 in [0, 1]; results have the same size and type.
+    """Derains pictures of any size, H×W×3 RGB arrays of uint8, uint16 or float32 in [0, 1], to results of the same size
+    and type.
 
     Args:
         net: the network, on its device; it is put into evaluation mode and channels-last format
@@ -162,15 +151,15 @@ class Derainer:
         ensemble: averages the results of the eight turned and mirrored pictures, in eight times the time
         compile: compiles the network for full windows (torch.compile), which takes minutes; smaller pictures run
             without it. Not for mode "whole", where each size of pictures would be compiled anew.
+
+    Raises UserError for options that do not fit.
     """
 
     def __init__(self, net, mode="tile", window=WINDOW, bf16=False, ensemble=False, compile=False):
         if window < MULTIPLE or window % MULTIPLE:
-            raise ValueError(f"the window must be a multiple of {MULTIPLE}, not {window}")
-        if mode not in MODES:
-            raise ValueError(f"the mode must be one of {', '.join(MODES)}, not {mode}")
-        if compile and mode == "whole":
-            raise ValueError("compile needs the mode window or tile, not whole")
+            raise UserError(f"the side of windows (--win_size) must be a multiple of {MULTIPLE}, not {window}.")
+        if mode not in MODES or (compile and mode == "whole"):
+            raise UserError(f"the mode must be one of {', '.join(MODES)}, and not whole with --compile.")
         net = net.to(memory_format=torch.channels_last).eval()
         self.net = in_bfloat16(net) if bf16 else net
         self.mode, self.window, self.bf16, self.ensemble = mode, window, bf16, ensemble
@@ -260,27 +249,21 @@ class Derainer:
         with ThreadPoolExecutor(self.threads) as pool:
 
             def read():
-                futures = ((path, pool.submit(read_picture, path)) for path in paths)
-                for path, future in ahead(futures, self.threads):
-                    try:
-                        picture = future.result()
-                    except UserError as error:
-                        unreadable.append((path, error))
+                for path, reading in ahead(((path, pool.submit(read_picture, path)) for path in paths), self.threads):
+                    if isinstance(reading.exception(), UserError):
+                        unreadable.append((path, reading.exception()))
                         if progress:
                             progress(1)
                     else:
-                        yield (path, picture), picture.pixels
+                        yield (path, reading.result()), reading.result().pixels
 
-            def derained():
+            def finished():
                 for (path, picture), pixels in self.pictures(read(), progress):
                     yield path, pool.submit(finish, path, picture, picture._replace(pixels=pixels))
 
-            for path, future in ahead(derained(), self.threads):
-                try:
-                    outcome = future.result()
-                except UserError as error:
-                    outcome = error
-                yield path, outcome
+            for path, finishing in ahead(finished(), self.threads):
+                error = finishing.exception()
+                yield path, error if isinstance(error, UserError) else finishing.result()
         yield from unreadable
 
     def __call__(self, image):
@@ -289,7 +272,7 @@ class Derainer:
 
 
 def results_settings(weights, derainer):
-    """-> dict of what results depend on, for remember_settings and is_current."""
+    """-> dict of what results depend on."""
     settings = {name: getattr(derainer, name) for name in ("mode", "window", "bf16", "ensemble")}
     return {"weights": hashlib.sha256(Path(weights).read_bytes()).hexdigest(), **settings}
 
@@ -303,20 +286,19 @@ def remembered_settings(folder):
 
 
 def remember_settings(folder, settings):
-    """Writes settings to settings.json in a folder of results, if they are others than it holds: earlier results are
-    outdated then. Raises UserError for such a file of another program."""
+    """Writes results_settings to a folder of results, where these are new: earlier results are outdated then."""
     path, remembered = Path(folder, SETTINGS), remembered_settings(folder)
     if path.exists() and not (isinstance(remembered, dict) and "weights" in remembered):
-        raise UserError(f"{path} does not belong to results: choose another folder for them.")
+        raise UserError(f"{path} is another program's: choose another folder for results.")
     if remembered != settings:
         write_json(path, settings)
 
 
-def is_current(result, settings, folder=None):
-    """Whether a result exists that was made with these settings, as `folder` (by default its own) remembers."""
-    result, memory = Path(result), Path(folder or Path(result).parent, SETTINGS)
-    matches = result.is_file() and remembered_settings(memory.parent) == settings
-    return matches and result.stat().st_mtime_ns >= memory.stat().st_mtime_ns
+def is_current(result, settings, folder):
+    """Whether a result was made with these settings, as `folder` remembers."""
+    if not Path(result).is_file() or remembered_settings(folder) != settings:
+        return False
+    return os.stat(result).st_mtime_ns >= os.stat(Path(folder, SETTINGS)).st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1)
@@ -339,7 +321,7 @@ def derain(
             or floating-point in [0, 1]; a Pillow image; or the path of a picture file, whose result is written to
             `output` and whose path is returned
         weights: a checkpoint, by default this repository's own; it stays loaded for the next call
-        output: where the result of a file goes, a file or a folder, by default results/<its name>.png
+        output: the file that holds the result of a file, by default results/<its name>.png
         gpus: number of the GPU, or "cpu"; by default a GPU if there is one
         options: mode, window, bf16, ensemble and compile, as Derainer takes them
 
@@ -348,34 +330,30 @@ def derain(
     changed = os.stat(weights).st_mtime_ns if os.path.exists(weights) else None
     derainer = load_derainer(os.fspath(weights), changed, gpus, tuple(sorted(options.items())))
     if isinstance(image, str | os.PathLike):
-        path, name = Path(image), Path(image).stem + ".png"
-        output = Path(output or Path("results", name))
-        output = output / name if output.is_dir() else output
-        if path.resolve() == output.resolve():
-            raise UserError(f"{path}: its result would overwrite it, choose another output.")
-        picture = read_picture(path)
-        write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
+        output = Path(output or f"results/{Path(image).stem}.png")
+        if Path(image).resolve() == output.resolve():
+            raise UserError(f"{image}: its result would overwrite it, choose another output.")
+        picture = read_picture(image)
+        pictures.write_picture(output, picture._replace(pixels=derainer(picture.pixels)))
         return output
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
-        pixels = np.asarray(upright) if upright.mode == "F" else channels_of(upright)
-        result = Image.fromarray(derain_array(derainer, pixels))
-        if "icc_profile" in upright.info and upright.mode not in ("CMYK", "YCbCr", "LAB", "HSV"):
+        result = Image.fromarray(derain_array(derainer, pictures.channels_of(upright)))
+        if "icc_profile" in upright.info and upright.mode not in pictures.OTHER_COLOURS:
             result.info["icc_profile"] = upright.info["icc_profile"]
         return result
-    derained = derain_array(derainer, image)
-    return derained.reshape(image.shape)
+    return derain_array(derainer, image).reshape(image.shape)
 
 
 def derain_array(derainer, pixels):
     """An array as `derain` takes it -> its result, H×W or H×W×2 to 4. Raises ValueError for one of another kind."""
-    if not isinstance(pixels, np.ndarray):
-        raise ValueError(f"expected a NumPy array, a Pillow image or a file's path, not {type(pixels).__name__}")
-    if pixels.ndim not in (2, 3) or 0 in pixels.shape or not 1 <= np.atleast_3d(pixels).shape[2] <= 4:
-        raise ValueError(f"expected a picture, H×W or H×W×1 to 4; not an array of shape {pixels.shape}")
-    if pixels.dtype not in (np.uint8, np.uint16) and not np.issubdtype(pixels.dtype, np.floating):
-        raise ValueError(f"expected values of type uint8, uint16 or floating-point in [0, 1], not {pixels.dtype}")
-    if np.issubdtype(pixels.dtype, np.floating) and not (pixels.min() >= -OVERSHOOT and pixels.max() <= 1 + OVERSHOOT):
-        raise ValueError(f"expected values in [0, 1], found {pixels.min()} to {pixels.max()}: divide 8-bit ones by 255")
-    picture = from_channels(np.atleast_3d(pixels), {})
+    shape, dtype = (getattr(pixels, name, None) for name in ("shape", "dtype"))
+    if not isinstance(pixels, np.ndarray) or not 2 <= len(shape) <= 3 or 0 in shape or max(shape[2:], default=1) > 4:
+        raise ValueError(f"expected a path, a Pillow image or an array H×W(×1 to 4), not {type(pixels)}, {shape}")
+    if np.issubdtype(dtype, np.floating):
+        if not (pixels.min() >= -OVERSHOOT and pixels.max() <= 1 + OVERSHOOT):
+            raise ValueError(f"expected values in [0, 1], not {pixels.min()} to {pixels.max()}: divide by 255")
+    elif dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"expected values of type uint8, uint16 or floating-point in [0, 1], not {dtype}")
+    picture = from_channels(np.atleast_3d(pixels))
     return to_channels(picture._replace(pixels=derainer(picture.pixels)))

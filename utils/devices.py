@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import re
 from collections import deque
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch.distributed as dist
 
 from utils.files import UserError, counted
 
-DRIVER = Path("/proc/driver/nvidia/version")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-LAST_REDUCED = deque(maxlen=16)
+LAST_REDUCED = deque(maxlen=16)  # see all_reduce
 
 
 def keep_freed_memory():
@@ -31,25 +30,24 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def cpu_warnings():
-    """-> sentences to print before the CPU computes: an NVIDIA GPU that PyTorch cannot use, cores that are busy."""
-    found = []
-    if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        version = re.search(r"\d+\.[.\d]+", DRIVER.read_text())
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        found.append(
-            f"WARNING: this machine has an NVIDIA GPU (driver {version[0] if version else 'unknown'}), but PyTorch "
-            f"{torch.__version__}, built {built}, cannot use it: THE CPU COMPUTES. Update the driver or install "
-            "a PyTorch for it (https://pytorch.org/get-started/locally/), or use --gpus cpu if this is intended."
+def cpu_warnings(gpus=None):
+    """-> sentences to print before the CPU computes: on a GPU that PyTorch cannot use, unless `gpus` is "cpu", and on
+    cores that are busy."""
+    warnings = []
+    if gpus != "cpu" and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        warnings.append(
+            f"WARNING: PyTorch {torch.__version__} cannot use this machine's NVIDIA GPU: THE CPU COMPUTES. Update the "
+            "driver or install a PyTorch for it (https://pytorch.org/get-started/locally/), or use --gpus cpu if this "
+            "is intended."
         )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # not on Windows
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > 1 and load + threads > cores + 0.5:
-        found.append(
+        warnings.append(
             f"note: other programs keep about {load:.0f} of {cores} cores busy. With more threads than free cores this "
             f"one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
         )
-    return found
+    return warnings
 
 
 def add_gpus(parser):
@@ -71,7 +69,7 @@ def choose_device(gpus=None):
         keep_freed_memory()
         return torch.device("cpu")
     number = str(0 if gpus is None else gpus).split(",")[0]
-    if not (number.isascii() and number.isdecimal()):
+    if not number.isdecimal():
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
     number = int(os.environ.get("LOCAL_RANK", number))
     if "LOCAL_RANK" in os.environ and 0 < count <= number:
@@ -90,13 +88,12 @@ def choose_device(gpus=None):
 def strict_float32():
     """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits,
     and pictures then differ from a CPU's by a level here and there."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False  # not conv.fp32_precision: mixed with it, libraries that read this flag fail
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # not conv.fp32_precision: with it, libraries that read this flag fail
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def start_processes(gpus=None):
@@ -124,11 +121,11 @@ def reports_lost_processes():
             raise
         raise UserError(
             f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
-            "what torchrun prints below, says why. The same command continues from the last checkpoint."
+            "what torchrun prints below, says why. The same command resumes from the last checkpoint."
         ) from error
 
 
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+def all_reduce(tensor, operation):
     """Combines a tensor with those of the other processes, in place -> the tensor.
 
     The last ones are kept alive: gloo's threads would need Python's lock to free them, and PyTorch before 2.8 holds it
@@ -141,7 +138,7 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 
 def sum_over_processes(tensor):
     """-> the sum of a tensor over all processes, on each of them."""
-    return all_reduce(tensor.clone()) if dist.is_initialized() else tensor
+    return all_reduce(tensor.clone(), dist.ReduceOp.SUM) if dist.is_initialized() else tensor
 
 
 def largest_over_processes(number, device):

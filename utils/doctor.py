@@ -22,27 +22,27 @@ from utils.files import UserError, counted, listed, reports_errors, sentence
 from utils.pairs import DATASETS, known_dataset, pair_folder
 
 THUMBNAIL = 16  # pixels a side
-MOST = 10  # findings of a kind that are printed
 
 
 class Look(NamedTuple):
     """What is remembered of a picture."""
 
-    size: tuple  # width, height
+    size: str  # width×height
     digest: bytes  # of the pixels
     thumbnail: np.ndarray  # THUMBNAIL² grey levels
 
 
 def look(image):
     """H×W×3 uint8 -> Look."""
+    size = f"{image.shape[1]}×{image.shape[0]}"
     small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).mean(axis=2)
-    digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(image.shape).encode(), digest_size=16)
-    return Look(image.shape[1::-1], digest.digest(), small.round().astype(np.uint8).ravel())
+    digest = hashlib.sha256(size.encode() + image.tobytes()).digest()
+    return Look(size, digest, small.round().astype(np.uint8).ravel())
 
 
 def examine(pairs, name):
-    """Reads all pairs -> dicts of path: Look of the rainy and of the clean pictures, list of sentences about what is
-    wrong."""
+    """Reads all pairs -> dicts of path: Look of the rainy and of the clean pictures, list of sentences about those that
+    cannot be used."""
 
     def looks_of(pair):
         try:
@@ -71,24 +71,22 @@ def equal_pictures(looks):
     return [" = ".join(paths) for paths in paths_of.values() if len(paths) > 1]
 
 
-def overlap(train, test, block=4096):
+def overlap(train, test):
     """-> list of sentences about clean pictures of the test set that training would show: those whose thumbnails differ
     by less than one of 255 levels (root mean square), so that copies of other sizes and formats are found, too."""
-    found, train_paths, test_paths = [], list(train), list(test)
-    queries = np.array([test[path].thumbnail for path in test_paths], np.float32).reshape(-1, THUMBNAIL**2)
-    for start in range(0, len(train), block):
-        keys = np.array([train[path].thumbnail for path in train_paths[start : start + block]], np.float32)
-        squares = (queries**2).sum(1)[:, None] + (keys**2).sum(1) - 2 * queries @ keys.T
-        for query, key in zip(*np.nonzero(squares < THUMBNAIL**2)):
-            found.append(f"{test_paths[query]} looks like {train_paths[start + key]}")
-    return found
+    paths, thumbnails = list(train), np.array([found.thumbnail for found in train.values()], np.float32)
+    lines = []
+    for path, found in test.items():
+        differences = ((thumbnails - found.thumbnail) ** 2).mean(axis=1)
+        lines += [f"{path} looks like {paths[i]}" for i in np.flatnonzero(differences < 1)]
+    return lines
 
 
-def sizes_of(looks, most=4):
+def sizes_of(looks):
     """-> the commonest sizes of pictures and how many have them, such as "481×321 (120), 321×481 (80)"."""
     counts = Counter(found.size for found in looks.values()).most_common()
-    sizes = [f"{width}×{height} ({count})" for (width, height), count in counts]
-    return ", ".join(sizes[:most]) + (f" and {len(sizes) - most} more sizes" if len(sizes) > most else "")
+    sizes = ", ".join(f"{size} ({count})" for size, count in counts[:4])
+    return f"{sizes} and {len(counts) - 4} more sizes" if len(counts) > 4 else sizes
 
 
 @reports_errors
@@ -97,11 +95,9 @@ def main(argv=None):
     parser.add_argument("root", type=Path, help="folder with train/ and test/, or with input/ and target/")
     parser.add_argument("--clean_half", choices=("left", "right"), help="of pictures that hold both side by side")
     args = parser.parse_args(argv)
-    folders = [args.root / name for name in ("train", "test") if (args.root / name).is_dir()]
-    dataset = known_dataset(args.root)
-    published = {"train": DATASETS[dataset].train_pairs, "test": DATASETS[dataset].test_pairs} if dataset else {}
-    unusable, miscounted, leaks, equal_rainy, equal_clean, clean_looks = [], [], [], [], [], {}
-    for folder in folders or [args.root]:
+    recipe = DATASETS.get(known_dataset(args.root))
+    unusable, miscounted, leaks, equal, clean_looks = [], [], [], [], {}
+    for folder in [args.root / name for name in ("train", "test") if (args.root / name).is_dir()] or [args.root]:
         try:
             pairs, unpaired = pair_folder(folder, args.clean_half)
         except UserError as error:
@@ -109,29 +105,26 @@ def main(argv=None):
             continue
         rainy, clean, problems = examine(pairs, str(folder))
         unusable += unpaired + problems
-        equal_rainy += equal_pictures(rainy)
-        equal_clean += equal_pictures(clean)
+        equal += equal_pictures(rainy) + equal_pictures(clean)
         clean_looks[folder.name] = clean
-        expected = published.get("train" if folder.name == "train" else "test")
-        beside = f" of {expected} published" if dataset else ""
-        print(f"{folder}: {counted(len(pairs), 'pair')}{beside}, {len(clean)} clean pictures; {sizes_of(rainy)}")
-        if dataset and len(pairs) != expected:
-            miscounted.append(f"{folder} has {counted(len(pairs), 'pair')}, {dataset} has {expected}")
-    for name, count in published.items():
-        if folders and count and not (args.root / name).is_dir():
-            miscounted.append(f"{args.root / name} is missing, {dataset} has {count} pairs in it")
-    if {"train", "test"} <= set(clean_looks):
+        count, published = counted(len(pairs), "pair"), ""
+        if recipe:
+            expected = recipe.train_pairs if folder.name == "train" else recipe.test_pairs
+            published = f" of {expected} published"
+            if len(pairs) != expected:
+                miscounted.append(f"{folder} has {count} instead of {expected}")
+        print(f"{folder}: {count}{published}, {counted(len(clean), 'clean picture')}; {sizes_of(rainy)}")
+    if clean_looks.get("train") and clean_looks.get("test"):
         leaks = overlap(clean_looks["train"], clean_looks["test"])
     findings = {
         "cannot be used": unusable,
         "not the published number of pairs": miscounted,
         "clean pictures in both train and test": leaks,
-        "note: rainy pictures with the same pixels": equal_rainy,
-        "note: clean pictures with the same pixels": equal_clean,
+        "note: pictures with the same pixels": equal,
     }
-    for kind, sentences in findings.items():
-        if sentences:
-            print(f"{kind} ({len(sentences)}):{listed(sentences, MOST)}")
+    for kind, lines in findings.items():
+        if lines:
+            print(f"{kind} ({len(lines)}):{listed(lines, 10)}")
     if unusable or miscounted or leaks:
         sys.exit(1)
     print("no problems found")

@@ -10,12 +10,11 @@ import logging
 import os
 import platform
 import re
+import secrets
 import socket
 import subprocess
 import sys
-import threading
 import warnings
-import zlib
 from pathlib import Path
 
 import cv2
@@ -68,7 +67,7 @@ def reports_errors(main):
         logging.getLogger("utils").setLevel(logging.INFO)
         # Silences library warnings about broken pictures: our sentences name those.
         set_log_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel  # OpenCV 4, 5
-        set_log_level(0)  # silent
+        set_log_level(0)
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module="PIL")
         try:
@@ -92,24 +91,19 @@ def reports_errors(main):
     return wrapped
 
 
-def short_name(name):
-    """-> a name for temporary files of a file, short however long its own name is."""
-    return f"{name[:25]}.{zlib.crc32(os.fsencode(name)):08x}"
-
-
 def is_running(process):
     """Whether a process with this number exists on this machine."""
     try:
         os.kill(process, 0)
     except OSError as error:
-        return error.errno != errno.ESRCH  # EPERM: it is another user's
+        return isinstance(error, PermissionError)  # it is another user's
     return True
 
 
 @functools.cache  # once per folder: listing a large one for every file would take long
 def remove_abandoned(folder, host):
     """Removes temporary files that killed processes of this machine left in a folder."""
-    pattern = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(host)}-(\d{{1,9}})-\d+\.tmp")
+    pattern = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(host)}-(\d{{1,9}})\.tmp")
     with contextlib.suppress(OSError):  # a folder that cannot be tidied may still be written to
         for path in folder.iterdir() if fcntl else ():  # on Windows, signal 0 is Ctrl-C
             writer = pattern.fullmatch(path.name)
@@ -126,8 +120,7 @@ def atomic_path(path, previous=None):
     disk, a read-only folder and the like raise UserError.
     """
     path, host = Path(path), socket.gethostname()[:64]
-    writer = f"{host}-{os.getpid()}-{threading.get_native_id()}"
-    temporary = path.with_name(f".{short_name(path.name)}.{writer}.tmp")
+    temporary = path.with_name(f".{path.name[:25]}.{secrets.token_hex(4)}.{host}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, host)
@@ -203,24 +196,23 @@ def append_json(path, content):
 
 
 def read_json_lines(path):
-    """-> list of the dicts in a file of JSON lines, without lines cut off by a power failure; [] without the file."""
+    """-> list of what a file of JSON lines holds, without lines that a power failure cut off; [] without the file."""
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
+    return found
 
 
 def software():
     """-> dict of the versions that results depend on, and of this repository's commit (None outside a clone)."""
-    import torch  # here, as PyTorch takes seconds to import and many who write files do without
+    import torch  # takes seconds, and many who write files do without
     import torchvision
 
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        commit = ""
     modules = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "opencv": cv2, "pillow": PIL}
     versions = {name: module.__version__ for name, module in modules.items()}
     return {"commit": commit or None, "python": platform.python_version(), **versions}

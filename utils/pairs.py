@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.files import UserError, counted, listed
-from utils.pictures import find_pictures, is_picture, read_image
+from utils.pictures import find_pictures, read_image
 
 
 class Pair(NamedTuple):
-    """Paths of a rainy picture and its clean one. Where one picture holds both side by side, `clean_half` is "left" or
-    "right"."""
+    """Paths of a rainy picture and its clean one, or of one picture whose `clean_half` is "left" or "right"."""
 
     input: Path
     target: Path
@@ -30,8 +29,10 @@ class Pair(NamedTuple):
             return (right, left) if self.clean_half == "left" else (left, right)
         rainy, clean = read_image(self.input), read_image(self.target)
         if rainy.shape != clean.shape:
-            sizes = [f"{path} ({i.shape[1]}×{i.shape[0]})" for path, i in ((self.input, rainy), (self.target, clean))]
-            raise UserError(f"{sizes[0]} and {sizes[1]} differ in size: replace or remove this pair.")
+            sizes = [f"{image.shape[1]}×{image.shape[0]}" for image in (rainy, clean)]
+            raise UserError(
+                f"{self.input} ({sizes[0]}) and {self.target} ({sizes[1]}) differ in size: replace or remove this pair."
+            )
         return rainy, clean
 
 
@@ -85,12 +86,9 @@ def how_to_get(name):
     recipe = DATASETS[name]
     place = f"from {recipe.url} (code {recipe.code})" if recipe.url else "as Datasets/README.md says"
     return (
-        f"{name} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded {place}. Put it "
-        "into\n"
-        f"  Datasets/{name}/train/input   Datasets/{name}/train/target\n"
-        f"  Datasets/{name}/test/input    Datasets/{name}/test/target\n"
-        "with rainy pictures in input/ and clean ones in target/. `python -m utils.prepare` does so with the original "
-        "distributions; see Datasets/README.md."
+        f"{name} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded {place}. Put "
+        f"rainy pictures into Datasets/{name}/train/input and Datasets/{name}/test/input, and clean ones into target/ "
+        "beside; `python -m utils.prepare` does so with the original distributions."
     )
 
 
@@ -149,10 +147,10 @@ def pair_folder(root, clean_half=None):
     if not root.is_dir() and known_dataset(root):
         raise UserError(f"{root} does not exist: {how_to_get(known_dataset(root))}")
     if missing:
-        hint = ""
-        if root.is_dir() and any(map(is_picture, root.iterdir())):
-            hint = " For pictures that hold both side by side, give --clean_half left or --clean_half right."
-        raise UserError(f"{missing[0]} does not exist: put rainy pictures in {inputs}, clean ones in {targets}.{hint}")
+        raise UserError(
+            f"{missing[0]} does not exist: put rainy pictures in {inputs} and clean ones in {targets}, or use "
+            "--clean_half left or --clean_half right for pictures that hold both side by side."
+        )
     rainy, clean = find_pictures(inputs)[0], find_pictures(targets)[0]
     pairs, problems = match_by_name(rainy, clean, inputs, targets)
     used = {pair.target for pair in pairs}

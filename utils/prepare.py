@@ -35,33 +35,32 @@ LAYOUTS = [
 
 
 def pairs_by_layout(source, results):
-    """-> list of Pair, list of pictures that belong to none; those in the folders `results` are left out."""
+    """-> list of Pair, list of sentences about pictures that belong to none; those in the folders `results` are left
+    out."""
     paths, root = find_pictures(source, results)
     by_name = {path.relative_to(root).with_suffix("").as_posix().lower(): path for path in paths}
     pairs = []
     for name, path in by_name.items():
         matches = [(re.fullmatch(pattern, name), templates) for pattern, templates in LAYOUTS]
         candidates = [match.expand(template) for match, templates in matches if match for template in templates]
-        clean = next((by_name[other] for other in candidates if other in by_name and other != name), None)
+        clean = next((by_name[other] for other in candidates if other in by_name), None)
         if clean:
             pairs.append(Pair(path, clean))
     used = {path for pair in pairs for path in (pair.input, pair.target)}
-    return pairs, [path for path in paths if path not in used]
+    return pairs, [f"{path} belongs to no pair" for path in paths if path not in used]
 
 
 def pairs_of_list(path):
     """-> list of Pair of a text file with a rainy and a clean path on each line, below its folder, as SPA-Data has."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a list of pairs: unpack it, and give the folder that this makes.") from None
-    for number, names in enumerate(lines, 1):
-        if len(names) not in (0, 2):
-            raise UserError(f"{path}, line {number}: expected a rainy and a clean path, found {' '.join(names)!r}.")
-    pairs = [Pair(*(path.parent / name.lstrip("/") for name in names)) for names in lines if names]
-    missing = [file for pair in pairs for file in (pair.input, pair.target) if not file.is_file()]
-    if missing:
-        raise UserError(f"{path} names {counted(len(missing), 'file')} that do not exist:{listed(missing, 3)}")
+    pairs = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        paths = [path.parent / name.lstrip("/") for name in line.split()]
+        if len(paths) == 2 and all(map(os.path.isfile, paths)):
+            pairs.append(Pair(*paths))
+        elif paths:
+            raise UserError(
+                f"{path}, line {number}: {line[:99]!r} names no rainy and clean picture: correct it."
+            )
     return pairs
 
 
@@ -90,49 +89,32 @@ def place(source, destination, copy):
     else:
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.symlink(source.resolve(), destination)
+            destination.symlink_to(source.resolve())
         except OSError as error:
             raise UserError(f"{destination} cannot be a link ({error.strerror}): use --copy.") from error
 
 
-def place_pairs(pairs, destination, copy):
+def place_pairs(pairs, folders, copy):
+    """Links or copies pairs into the folders input/ and target/."""
     sources = {}  # by where they go
     for pair, names in zip(pairs, new_names(pairs)):
-        for folder, name, path in zip(("input", "target"), names, (pair.input, pair.target)):
-            other = sources.setdefault(destination / folder / name, path)
-            if other != path:
-                raise UserError(f"{path} and {other} have the same name: prepare their folders one by one.")
-    for new, path in tqdm(sources.items(), unit="picture", disable=None):
-        place(path, new, copy)
+        for path, folder, name in zip((pair.input, pair.target), folders, names):
+            if sources.setdefault(folder / name, path) != path:
+                raise UserError(f"{path} and {sources[folder / name]} have the same name: prepare folders one by one.")
+    for destination, source in tqdm(sources.items(), unit="picture", disable=None):
+        place(source, destination, copy)
 
 
 def split_picture(path, outputs):
-    """Writes the left and right half of a picture to two paths. Raises UserError."""
+    """Writes the left and right half of a picture to two paths; those that exist are left alone. Raises UserError."""
     pixels = np.atleast_3d(to_channels(read_picture(path)))
     if pixels.shape[1] % 2:
         raise UserError(f"{path} is {pixels.shape[1]} pixels wide: two equal halves need an even width.")
-    halves = [from_channels(half) for half in np.split(pixels, 2, axis=1)]
-    for output, half in zip(outputs, halves):
-        if output.exists() and not np.array_equal(read_picture(output).pixels, half.pixels):
+    for output, half in zip(outputs, map(from_channels, np.split(pixels, 2, axis=1))):
+        if not output.exists():
+            write_picture(output, half)
+        elif not np.array_equal(read_picture(output).pixels, half.pixels):
             raise UserError(f"{output} already exists and is not a half of {path}: remove it.")
-    for output, half in zip(outputs, halves):
-        write_picture(output, half)
-
-
-def split_pictures(paths, root, destination, clean_half):
-    """-> list of sentences on pictures that could not be split."""
-    sources, problems = {}, []
-    for path in paths:
-        other = sources.setdefault(path.relative_to(root).with_suffix(".png"), path)
-        if other != path:
-            raise UserError(f"{path} and {other} have the same name: rename one of them.")
-    folders = ("target", "input") if clean_half == "left" else ("input", "target")
-    for name, path in tqdm(sources.items(), unit="picture", disable=None):
-        try:
-            split_picture(path, [destination / folder / name for folder in folders])
-        except UserError as error:
-            problems.append(sentence(error))
-    return problems
 
 
 @reports_errors
@@ -143,21 +125,28 @@ def main(argv=None):
     parser.add_argument("--copy", action="store_true", help="copy files instead of linking to them")
     parser.add_argument("--clean_half", choices=("left", "right"), help="split pictures that hold both side by side")
     args = parser.parse_args(argv)
-    results = [args.destination / "input", args.destination / "target"]
+    folders = args.destination / "input", args.destination / "target"
     if args.clean_half:
-        paths, root = find_pictures(args.source, results)
-        problems = split_pictures(paths, root, args.destination, args.clean_half)
+        problems, (paths, root) = [], find_pictures(args.source, folders)
+        halves = folders[::-1] if args.clean_half == "left" else folders  # where the left and the right one go
+        for path in tqdm(paths, unit="picture", disable=None):
+            try:
+                split_picture(path, [folder / path.relative_to(root).with_suffix(".png") for folder in halves])
+            except UserError as error:
+                problems.append(sentence(error))
         count = len(paths) - len(problems)
     else:
-        is_list = args.source.is_file()
-        pairs, unpaired = (pairs_of_list(args.source), []) if is_list else pairs_by_layout(args.source, results)
+        if args.source.is_file():
+            pairs, problems = pairs_of_list(args.source), []
+        else:
+            pairs, problems = pairs_by_layout(args.source, folders)
         if not pairs:
             raise UserError(
                 f"{args.source} matches none of the layouts in Datasets/README.md: put rainy pictures into "
-                f"{results[0]} and clean ones of the same names into {results[1]}."
+                f"{folders[0]} and clean ones of the same names into {folders[1]}."
             )
-        place_pairs(pairs, args.destination, args.copy)
-        count, problems = len(pairs), [f"{path} belongs to no pair" for path in unpaired]
+        place_pairs(pairs, folders, args.copy)
+        count = len(pairs)
     print(f"{counted(count, 'pair')} in {args.destination}; `python -m utils.doctor {args.destination}` examines them")
     if problems:
         raise UserError(f"{counted(len(problems), 'picture')} left out:{listed(problems, 10)}")

@@ -10,7 +10,6 @@ near, as a camera with noise and JPEG compression records it. STYLES gives the r
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import UserError, counted, listed, reports_errors
+from utils.files import UserError, listed, reports_errors
 from utils.pictures import find_pictures, read_image, write_png
 
 
@@ -106,17 +105,17 @@ def between(bounds, part):
     return float(np.exp(np.log(bounds[0]) + part * np.log(bounds[1] / bounds[0])))
 
 
-def streaks(height, width, style, direction, rng, kinds=3):
-    """One depth of rain -> H×W float32 opacity in [0, 1]. Near drops are long, wide and few. The drops are of `kinds`
-    lengths and directions, a little apart, and each of a brightness of its own."""
+def streaks(height, width, style, direction, rng):
+    """One depth of rain -> H×W float32 opacity in [0, 1]. Near drops are long, wide and few. They are of three lengths
+    and directions, a little apart, and each of a brightness of its own."""
     nearness = rng.random()
     length = between(style.length, nearness)
     thickness = between(style.width, np.clip(nearness + rng.normal(0, 0.25), 0, 1))
     density = between(style.density, rng.random()) / max(1, length * thickness / 15)
     margin = int(np.ceil(length))
     layer = np.zeros((height + 2 * margin, width + 2 * margin), np.float32)
-    for _ in range(kinds):
-        drops = (rng.random(layer.shape, np.float32) < density / kinds) * rng.random(layer.shape, np.float32)
+    for _ in range(3):
+        drops = (rng.random(layer.shape, np.float32) < density / 3) * rng.random(layer.shape, np.float32)
         kernel = streak_kernel(length * rng.uniform(0.7, 1.3), thickness, direction + rng.normal(0, 1.5))
         layer += cv2.filter2D(drops, -1, kernel)
     return np.clip(layer[margin : margin + height, margin : margin + width], 0, 1) * rng.uniform(*style.opacity)
@@ -180,29 +179,27 @@ def main(argv=None):
         parser.error("--versions must be at least 1, and --seed at least 0")
     targets, inputs = args.output / "target", args.output / "input"
     paths, root = find_pictures(args.clean, [targets, inputs])
-    if any(Path(root).resolve().is_relative_to(folder.resolve()) for folder in (targets, inputs)):
-        raise UserError(
-            f"{root} lies where {args.output} gets its pictures, which might replace yours: move them elsewhere first, "
-            "or choose another output."
-        )
+    if any(root.resolve().is_relative_to(folder.resolve()) for folder in (targets, inputs)):
+        raise UserError(f"the results would be written into {root} and might replace yours: choose another output.")
     names = [str(path.relative_to(root).with_suffix("")) for path in paths]
-    versions_of = {f"{name}_{version}": name for name in names for version in range(1, args.versions + 1)}
+    versions = range(1, args.versions + 1)
+    rainy_names = {f"{name}_{version}" for name in names for version in versions}
     for name in names:
-        if name in versions_of or names.count(name) > 1:
+        if name in rainy_names or names.count(name) > 1:
             raise UserError(f"{name} in {root} would be mixed up with a picture of nearly the same name: rename it.")
-    broken = []
-    for number, (path, name) in enumerate(zip(tqdm(paths, unit="picture", disable=None), names)):
+    problems = []
+    for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):
         try:
             clean = read_image(path)
         except UserError as error:
-            broken.append(str(error))
+            problems.append(str(error))
             continue
-        write_png(targets / f"{name}.png", clean)
-        for version in range(1, args.versions + 1):
+        write_png(targets / f"{names[number]}.png", clean)
+        for version in versions:
             rng = np.random.default_rng((args.seed, number, version))
-            write_png(inputs / f"{name}_{version}.png", add_rain(clean, rng, args.style))
-    if broken:
-        sys.exit(f"error: all is done but for {counted(len(broken), 'picture')}:{listed(broken, 20)}")
+            write_png(inputs / f"{names[number]}_{version}.png", add_rain(clean, rng, args.style))
+    if problems:
+        raise UserError(f"{len(problems)} of {len(paths)} pictures failed:{listed(problems)}")
 
 
 if __name__ == "__main__":

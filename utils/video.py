@@ -1,5 +1,6 @@
-"""Deraining clips with PyAV, which brings its own FFmpeg libraries: frame by frame, in constant memory."""
+"""Deraining files: clips with PyAV, which brings its own FFmpeg libraries, frame by frame in constant memory."""
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -9,8 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils import pictures
 from utils.files import UserError, atomic_write
-from utils.pictures import CLIP_ENDINGS, peak_value
 
 try:
     import av
@@ -28,22 +29,18 @@ logger = logging.getLogger(__name__)
 
 def is_clip(path):
     """Whether a file is named like a video."""
-    return Path(path).suffix.lower() in CLIP_ENDINGS
+    return Path(path).suffix.lower() in pictures.CLIP_ENDINGS
 
 
 def result_path(clip, output_dir):
-    """Where a clip's result goes. Another container's ending follows the clip's own: clip.webm and clip.mp4 are two
-    clips."""
+    """Where a clip's result goes: clip.webm becomes clip.webm.mp4, as there may be a clip.mp4, too."""
     clip = Path(clip)
     return Path(output_dir, clip.name if clip.suffix.lower() in CONTAINERS else f"{clip.name}.mp4")
 
 
 class Clip:
     """A video file, open for reading. `damaged` tells whether a part of it could not be read, `length` about how many
-    frames it has.
-
-    Raises UserError for a file that is missing or no video, and without PyAV.
-    """
+    frames it has. Raises UserError for a file that is missing or no video, and without PyAV."""
 
     def __init__(self, path):
         if av is None:
@@ -58,6 +55,8 @@ class Clip:
         self.video = self.container.streams.best("video")
         if self.video is None:
             raise UserError(f"{path} has no video stream: remove it.")
+        if self.video.width * self.video.height > pictures.MOST_PIXELS:
+            raise UserError(f"{path} has more than {pictures.MOST_PIXELS // 10**6} megapixels a frame: reduce them.")
         self.rate = self.video.average_rate or Fraction(25)
         self.length = self.video.frames or round(self.duration * self.rate)
 
@@ -99,10 +98,12 @@ class Clip:
                 yield frame
 
 
-def to_array(frame, first):
-    """A frame -> H×W×3 RGB, upright, in the size of the clip's first frame; uint16 where that has more than 8 bits."""
-    depth = "rgb48le" if first.format.components[0].bits > 8 else "rgb24"
-    return np.rot90(frame.to_ndarray(format=depth, width=first.width, height=first.height), quarter_turns(first))
+def count_frames(path):
+    """-> the number of frames of a clip, an estimate; 1 for a picture and for a clip that cannot be read."""
+    if is_clip(path):
+        with contextlib.suppress(UserError), Clip(path) as clip:
+            return max(1, clip.length)
+    return 1
 
 
 def quarter_turns(frame):
@@ -110,13 +111,19 @@ def quarter_turns(frame):
     return round(frame.rotation / 90)
 
 
+def to_array(frame, first):
+    """A frame -> H×W×3 RGB, upright, in the size of the clip's first frame; uint16 where that has more than 8 bits."""
+    depth = "rgb48le" if first.format.components[0].bits > 8 else "rgb24"
+    return np.rot90(frame.to_ndarray(format=depth, width=first.width, height=first.height), quarter_turns(first))
+
+
 def pixel_format(frame):
     """The pixel format to encode in: the frame's own where H.264 has it and its size allows."""
-    name = frame.format.name.replace("yuvj", "yuv")  # color_range says that their range of values is full
     deep = "10le" if frame.format.components[0].bits > 8 else ""
-    if name not in {f"yuv{chroma}p{deep}" for chroma in (420, 422, 444)}:
-        name = f"yuv420p{deep}"
-    return f"yuv444p{deep}" if frame.width % 2 or frame.height % 2 else name  # subsampling needs even sides
+    name = frame.format.name.replace("yuvj", "yuv")  # color_range says that their range of values is full
+    if frame.width % 2 or frame.height % 2:  # subsampling needs even sides
+        return f"yuv444p{deep}"
+    return name if name in (f"yuv422p{deep}", f"yuv444p{deep}") else f"yuv420p{deep}"
 
 
 def steady_frame(before, now, after):
@@ -124,7 +131,7 @@ def steady_frame(before, now, after):
     frames = [frame.astype(np.float32) for frame in (before, now, after)]
     first, middle, last = (cv2.GaussianBlur(frame, (0, 0), BLUR) for frame in frames)
     moves = np.maximum(np.abs(last - first) / MOVED, np.abs(middle - (first + last) / 2) / PASSED)
-    share = np.clip(2 - moves.max(axis=2, keepdims=True) * 255 / peak_value(now.dtype), 0, 1)
+    share = np.clip(2 - moves.max(axis=2, keepdims=True) * 255 / pictures.peak_value(now.dtype), 0, 1)
     return np.round(frames[1] + share * (np.median(frames, axis=0) - frames[1])).astype(now.dtype)
 
 
@@ -137,25 +144,17 @@ def steadied(results):
         before, now = now, after
 
 
-def add_video(target, clip, first):
-    """Adds an H.264 stream to the result's container, with the rate, size, depth and colours of the clip's frames."""
+def video_packets(target, clip, first, results):
+    """Encodes ((time, duration), derained frame) as H.264 with the rate, size, depth and colours of the clip's first
+    frame -> yields packets for the container `target`; the clip's start becomes time 0."""
     stream = target.add_stream("libx264", rate=clip.rate, options=ENCODER)
-    encoder = stream.codec_context
-    encoder.time_base = clip.video.time_base
-    encoder.pix_fmt = pixel_format(first)
-    encoder.width, encoder.height = first.width, first.height
-    encoder.sample_aspect_ratio = clip.video.sample_aspect_ratio or Fraction(1)
-    if quarter_turns(first) % 2:
-        encoder.width, encoder.height = first.height, first.width
-        encoder.sample_aspect_ratio = 1 / encoder.sample_aspect_ratio
+    encoder, turned = stream.codec_context, quarter_turns(first) % 2
+    encoder.time_base, encoder.pix_fmt = clip.video.time_base, pixel_format(first)
+    encoder.width, encoder.height = (first.height, first.width) if turned else (first.width, first.height)
+    aspect = clip.video.sample_aspect_ratio or Fraction(1)
+    encoder.sample_aspect_ratio = 1 / aspect if turned else aspect
     for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
         setattr(encoder, name, getattr(first, name))
-    return stream
-
-
-def encoded(stream, results, clip):
-    """Iterable of ((time, duration), derained frame) -> yields its packets; the clip's start becomes time 0."""
-    encoder = stream.codec_context
     for (time, duration), image in results:
         frame = av.VideoFrame.from_ndarray(image, "rgb24" if image.dtype == np.uint8 else "rgb48le")
         frame.colorspace, frame.color_range = encoder.colorspace, encoder.color_range
@@ -166,9 +165,9 @@ def encoded(stream, results, clip):
     yield from stream.encode(None)
 
 
-def add_sound(target, clip):
-    """Adds the clip's sound streams to the result's container -> dict of the clip's stream -> the added one. Kinds that
-    the container cannot hold are left out."""
+def sound_packets(target, clip):
+    """Yields the packets of the clip's sound for the container `target`; the clip's start becomes time 0. Kinds that it
+    cannot hold are left out."""
     streams = {}
     for sound in clip.container.streams.audio:
         if not getattr(sound, "sample_rate", None):  # none of its packets could be read, or its kind is unknown
@@ -185,11 +184,6 @@ def add_sound(target, clip):
         layout = sound.codec_context.layout
         if layout.name.endswith("channels") and layout.nb_channels <= len(LAYOUTS):  # AVI's have no name
             streams[sound].codec_context.layout = LAYOUTS[layout.nb_channels - 1]
-    return streams
-
-
-def copied(streams, clip):
-    """Yields the packets of the clip's sound for the streams of add_sound; the clip's start becomes time 0."""
     for packet in clip.packets():
         if packet.stream in streams and packet.pts is not None:  # a stream's last packet is empty
             packet.stream = streams[packet.stream]
@@ -198,13 +192,8 @@ def copied(streams, clip):
 
 
 def derain_clip(path, output, derainer, steady=False, progress=None):
-    """Derains a clip to a file with H.264 video and the clip's own sound.
-
-    Args:
-        path, output: the clip, and the file that takes its result's name once it is complete (`result_path`)
-        derainer: a Derainer
-        steady: damps flicker (`steady_frame`), which costs no time of the network
-        progress: called with the share of a frame that was just done
+    """Derains a clip to `output`, a `result_path`, with H.264 video and the clip's own sound. `steady` damps flicker;
+    `progress` is called with the share of a frame that was just done.
 
     Raises UserError for what cannot be read as a video; and for a damaged one, after deraining what can be decoded.
     """
@@ -219,16 +208,32 @@ def derain_clip(path, output, derainer, steady=False, progress=None):
             results = steadied(results)
         try:
             with atomic_write(output) as file, av.open(file, "w", format=CONTAINERS[output.suffix.lower()]) as target:
-                video = add_video(target, clip, first)
-                streams = encoded(video, results, clip), copied(add_sound(target, sound), sound)
+                # Both add their streams before the first packet comes.
+                streams = video_packets(target, clip, first, results), sound_packets(target, sound)
                 for packet in heapq.merge(*streams, key=lambda packet: packet.pts * packet.time_base):
                     try:
                         target.mux(packet)
                     except av.FFmpegError as error:
-                        if packet.stream is video or isinstance(error, OSError):  # such as a full disk's
+                        if packet.stream.type == "video" or isinstance(error, OSError):  # such as a full disk's
                             raise
                         sound.damaged = True
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be derained ({error.strerror}): convert or remove it.") from error
     if clip.damaged or sound.damaged:
         raise UserError(f"{path} is damaged or cut off: {output} holds what could be decoded.")
+
+
+def derain_files(derainer, outputs, quality=pictures.QUALITY, steady=False, progress=None):
+    """Derains the pictures and clips of a dict of path: path of the result -> yields (path, UserError or None).
+
+    `progress` is called with the share of a picture or frame that was just done, after each batch of windows."""
+
+    def write(path, _, result):
+        pictures.write_picture(outputs[path], result, quality)
+
+    yield from derainer.files([path for path in outputs if not is_clip(path)], write, progress)
+    for path in filter(is_clip, outputs):
+        try:
+            yield path, derain_clip(path, outputs[path], derainer, steady, progress)
+        except UserError as error:
+            yield path, error
