@@ -134,6 +134,8 @@ def make_plan(args):
         else:
             outputs[path] = output
 
+    if args.panel and realpath(args.panel) in {*given, *map(realpath, outputs.values())}:
+        raise UserError(f"--panel would overwrite {args.panel}: choose another name.")
     notes = [note for note in (pictures.skipped(source, results) for source in sources) if note]
     test_sets = bool(found) and all(is_test_set(root) for _, root in found)
     return Plan(folder, outputs, targets, failures, notes, test_sets)

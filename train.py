@@ -18,19 +18,16 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
-from warmup_scheduler import GradualWarmupScheduler
 
 import ablations
 from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, quiet_worker
@@ -49,7 +46,6 @@ LOOK_STEPS = 50  # steps on a GPU between two looks at the losses, for which the
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 PROGRESS_SECONDS = 60  # between two lines of progress where no terminal shows a bar
 PANELS = 4  # validation pictures in TensorBoard
-HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 def number(kind, condition, description):
@@ -86,13 +82,7 @@ def parse_args(argv=None):
     add("--clean_half", choices=("left", "right"), help="in folders of side-by-side pictures, the half that is clean")
     add("--clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, along with --train_dir")
     add("--clean_repeats", type=count, default=1, metavar="N", help="how often each comes in an epoch (default: 1)")
-    add(
-        "--num_workers",
-        type=natural,
-        default=min(4, devices.usable_cores()),
-        metavar="N",
-        help="data-loading processes",
-    )
+    add("--num_workers", type=natural, metavar="N", help="data-loading processes (default: up to 4)")
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=ablations.NETWORKS, help="default: the preset's, or that of the weights it starts from")
@@ -137,7 +127,7 @@ def parse_args(argv=None):
         args.model = args.model or "NeRD-Rain-MPRNet"
     args.no_zero_epoch |= args.ablation == "no_zero_epoch"
     session = f"ablation/{args.ablation}/{args.seed}" if args.ablation else args.dataset or "Multiscale"
-    defaults = {"val_dir": str(folder / "test"), "session": session}
+    defaults = {"val_dir": str(folder / "test"), "session": session, "num_workers": min(4, devices.usable_cores())}
     for name in ("num_epochs", "batch_size", "patch_size", "lr", "clip_grad", "ema"):
         defaults[name] = getattr(recipe, name)
     for name, value in defaults.items():
@@ -158,14 +148,11 @@ def find_data(args):
 
 
 def digest(args, pairs):
-    """-> a digest of the names of all training pictures below their folder, and of the content of some."""
-    train_dir, clean_dir = (str(Path(folder or "")) for folder in (args.train_dir, args.clean_dir))
+    """-> a digest of the names of all training pictures, below their folder."""
     hashed = hashlib.sha256()
     for pair in pairs:
-        name = str(pair.input).removeprefix(clean_dir if isinstance(pair, Photo) else train_dir)
-        hashed.update(os.fsencode(f"{name}\n"))
-    for pair in pairs[:: max(1, len(pairs) // 10)]:
-        hashed.update(pair.input.read_bytes())
+        folder = args.clean_dir if isinstance(pair, Photo) else args.train_dir
+        hashed.update(os.fsencode(os.path.relpath(pair.input, folder)) + b"\n")
     return hashed.hexdigest()
 
 
@@ -186,47 +173,41 @@ def make_network(args, path, checkpoint):
     return net
 
 
-def learning_rates(num_epochs, lr, no_zero_epoch=False):
-    """-> list of the learning rates of all epochs: a linear warm-up, then a cosine down to MIN_LR.
+def learning_rate(epoch, num_epochs, lr):
+    """Rate of an epoch, from 0, in a run of `num_epochs`: a linear warm-up from rate 0, then a cosine down to MIN_LR.
 
-    As published, the first epoch runs at rate 0, and the cosine is divided by its second value: the rate is `lr` in
-    epochs 4 and 6, above it in epoch 5. `no_zero_epoch` leaves the first epoch out. The published code uses
-    CosineAnnealingLR, whose rates differ between PyTorch releases.
+    As published, the cosine is divided by its second value: the rate is `lr` in epochs 3 and 5, above it in epoch 4.
     """
-    half_period, low = max(2, num_epochs + no_zero_epoch - WARMUP_EPOCHS), MIN_LR / lr
 
-    def cosine(epoch):
-        return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
+    def cosine(i):
+        return 1 + math.cos(math.pi * i / max(2, num_epochs - WARMUP_EPOCHS))
 
-    rates, optimizer = [], torch.optim.SGD([torch.zeros(1)], lr)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package asks for rates between steps
-        after = LambdaLR(optimizer, cosine)
-        schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=after)
-        for _ in range(num_epochs + no_zero_epoch):
-            rates.append(optimizer.param_groups[0]["lr"])
-            schedule.step()
-    return rates[int(no_zero_epoch) :]
+    if epoch <= WARMUP_EPOCHS:
+        return lr * epoch / WARMUP_EPOCHS
+    return MIN_LR + (lr - MIN_LR) * cosine(epoch - WARMUP_EPOCHS - 1) / cosine(1)
+
+
+def write_json_lines(path, lines):
+    files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 class Interruption:
-    """Ctrl-C, SIGTERM and a closed terminal ask a run to save and end; a second one, seconds later, ends it at once."""
+    """Ctrl-C, SIGTERM and a closed terminal ask a run to save and end after its step."""
 
     def __init__(self):
-        self.signal = 0  # number of the first one
-        for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
-            if number and (number != HANGUP or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
+        self.signal = 0  # number of the last one
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # Windows; nohup
                 signal.signal(number, self.ask)
 
     def ask(self, number, _):
-        if number == HANGUP:  # there is nothing left to print to: errors would keep the run from saving
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if not self.signal:
-            self.signal, self.time = number, time.monotonic()
+        self.signal = number
+        if number in (signal.SIGINT, signal.SIGTERM):
             print("stopping after this step …", file=sys.stderr)
-        elif time.monotonic() - self.time > 2:  # torchrun may pass one signal on twice
-            raise KeyboardInterrupt
+            return
+        for stream in (1, 2):  # printing to the closed terminal would fail before the run saves
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class Trainer:
@@ -235,13 +216,13 @@ class Trainer:
     def __init__(self, args):
         self.args = args
         self.device, self.rank, self.world = devices.start_processes(args.gpus)
-        self.look_steps = LOOK_STEPS if self.device.type == "cuda" else 1
         if args.batch_size < self.world:
             raise UserError(
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
         if self.device.type == "cpu" and self.rank == 0:
-            print("".join(f"{warning}\n" for warning in devices.cpu_warnings(args.gpus)), end="", flush=True)
+            for warning in devices.cpu_warnings(args.gpus):
+                print(warning, flush=True)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
@@ -266,11 +247,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.net).requires_grad_(False) if args.ema else None
         self.loss = DerainLoss().to(self.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=args.lr, fused=True)
-        self.rates = learning_rates(args.num_epochs, args.lr, args.no_zero_epoch)
         self.epoch, self.step = 0, 0  # epochs done, and batches done of the next one
         self.sums = torch.zeros(len(self.loss.terms), dtype=torch.float64, device=self.device)  # of the epoch's losses
-        self.unseen, self.shown = [], ""  # steps since the last look; the loss that it saw
-        self.next_line = time.monotonic() + PROGRESS_SECONDS
         self.best_psnr, self.best_epoch = -math.inf, 0
         if checkpoint:
             self.restore(checkpoint, source)
@@ -284,7 +262,19 @@ class Trainer:
         self.forward = self.parallel
         if args.compile:
             self.compile()
-        self.board = self.begin(source, problems) if self.rank == 0 else None
+
+        self.look_steps = LOOK_STEPS if self.device.type == "cuda" else 1
+        self.unseen, self.shown = [], ""  # steps since the last look; the loss that it saw
+        self.next_line = time.monotonic() + PROGRESS_SECONDS
+        self.board = None
+        if self.rank == 0:
+            if source == self.previous:
+                print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {source}.")
+                if self.latest.exists():  # another day it may be readable
+                    os.replace(self.latest, self.folder / "model_damaged.pth")
+                os.replace(source, self.latest)
+            self.begin(resumed=bool(source))
+            self.board = SummaryWriter(self.folder, purge_step=self.steps_done())
         self.interruption = Interruption()  # before this there is nothing to save
 
     def make_loader(self, dataset, **options):
@@ -319,8 +309,6 @@ class Trainer:
 
     def compile(self):
         """Compiles the network for this run's batches, or says why that fails, which a trial step finds out."""
-        if self.rank == 0:
-            print("compiling takes minutes …", flush=True)
         side, count = self.args.patch_size, self.sampler.share(0)[0]
         patches = torch.zeros(count, 3, side, side, device=self.device).to(memory_format=torch.channels_last)
         self.forward = torch.compile(self.parallel, dynamic=False)
@@ -328,22 +316,14 @@ class Trainer:
             with torch.random.fork_rng(devices=[]), self.without_sync():
                 self.losses(patches, patches)["total"].backward()
         except Exception as error:  # compilers raise all kinds
-            if files.out_of_memory(error):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             print(f"--compile does not work here ({reason}): training continues without it")
             self.forward = self.parallel
         self.optimizer.zero_grad()
 
-    def begin(self, source, problems):
-        """Makes the checkpoint that could be read the latest, drops what was logged after it, and says and records what
-        begins -> TensorBoard's writer."""
-        args, runs, log = vars(self.args), self.folder / "runs.jsonl", self.folder / "log.jsonl"
-        if source == self.previous:
-            print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {self.previous}.")
-            if self.latest.exists():  # another day it may be readable
-                os.replace(self.latest, self.folder / "model_damaged.pth")
-            os.replace(self.previous, self.latest)  # before a broken file takes its place
+    def begin(self, resumed):
+        """Prints and records what begins, and drops what was logged after the checkpoint."""
+        args, records, log = vars(self.args), self.folder / "runs.jsonl", self.folder / "log.jsonl"
         device = f"CPU with {counted(torch.get_num_threads(), 'thread')}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
@@ -352,21 +332,30 @@ class Trainer:
             f"{counted(len(self.train_set), 'training pair')}, {counted(len(self.val_set), 'validation pair')}, "
             f"{counted(self.args.num_epochs, 'epoch')} -> {self.folder}"
         )
-        if source:
+        runs = files.read_json_lines(records)
+        if resumed:
             print(f"resumes after epoch {self.epoch} and {self.step} of {counted(self.steps_per_epoch, 'step')}")
-            last = (files.read_json_lines(runs) or [{}])[-1].get("arguments", {})
+            last = runs[-1]["arguments"] if runs else {}
             changes = [name for name in args if name in last and args[name] != last[name]]
             for name in changes:
                 print(f"changed since the last start: --{name} {args[name]} (was {last[name]})")
             if {"val_dir", "hold_out", "patch_size"} & set(changes):
                 print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
                 self.best_psnr, self.best_epoch = -math.inf, 0
-        for path, epochs in ((runs, math.inf), (log, self.epoch)):  # lines that a power cut tore go, too
-            lines = [line for line in files.read_json_lines(path) if line.get("epoch", 0) <= epochs]
-            files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
         run = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "arguments": args, **files.software()}
-        files.append_json(runs, run | {"cuda": torch.version.cuda, "device": device, "processes": self.world})
-        return SummaryWriter(self.folder, purge_step=self.steps_done())
+        run |= {"cuda": torch.version.cuda, "device": device, "processes": self.world}
+        write_json_lines(records, [*runs, run])
+        write_json_lines(log, [line for line in files.read_json_lines(log) if line["epoch"] <= self.epoch])
+
+    def end_if_asked(self):
+        """Saves and ends the process if any process of the run was asked to."""
+        number = int(devices.largest_over_processes(self.interruption.signal, self.device))
+        if number:
+            self.save(self.latest)
+            devices.end_processes()
+            if self.rank == 0:
+                print(f"\nstopped; all is saved in {self.latest}. The same command resumes.")
+            sys.exit(128 + number)
 
     def steps_done(self):
         return self.epoch * self.steps_per_epoch + self.step
@@ -391,24 +380,28 @@ class Trainer:
     def train_epoch(self):
         """Trains to the end of the epoch -> its line for the log."""
         args, total, start = self.args, len(self.train_set), time.monotonic()
-        first = min(self.step * args.batch_size, total)
+        first = min(self.step * args.batch_size, total)  # pictures used before an interruption
+        rate = learning_rate(self.epoch + args.no_zero_epoch, args.num_epochs + args.no_zero_epoch, args.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[self.epoch]
+            group["lr"] = rate
         self.net.train()
         self.sampler.epoch, self.sampler.skip = self.epoch, self.step
-        with self.progress_bar(first) as bar:
+        name = f"epoch {self.epoch + 1}/{args.num_epochs}"
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        hidden = self.rank > 0 or not sys.stderr.isatty()
+        with tqdm(None, name, self.steps_per_epoch, initial=self.step, bar_format=layout, disable=hidden) as bar:
             for batch in self.train_loader:
                 updated = self.train_step(batch)
-                self.show_progress(bar)
+                self.show_progress(bar, name, first, start)
                 stopping = self.world == 1 and self.interruption.signal
                 if updated and (stopping or len(self.unseen) >= self.look_steps):
                     self.look()
                     self.end_if_asked()
                 if updated and self.step % (SAVE_STEPS * args.accumulate) == 0:
                     self.save(self.latest)
-        self.look()
+        self.check()
         means, seconds = devices.sum_over_processes(self.sums) / total, time.monotonic() - start
-        line = {"epoch": self.epoch + 1, "lr": self.rates[self.epoch], **dict(zip(self.loss.terms, means.tolist()))}
+        line = {"epoch": self.epoch + 1, "lr": rate, **dict(zip(self.loss.terms, means.tolist()))}
         if first < total:
             line["pictures_per_second"] = round((total - first) / seconds, 2)
         return line | {"seconds": round(seconds, 1)}
@@ -431,7 +424,10 @@ class Trainer:
         self.sums += values * share
         norm = values.new_zeros(())  # of the gradient
         if update:
-            norm = clip_grad_norm_(self.net.parameters(), args.clip_grad or math.inf)
+            if args.clip_grad:
+                norm = clip_grad_norm_(self.net.parameters(), args.clip_grad)
+            else:
+                norm = get_total_norm([weight.grad for weight in self.net.parameters() if weight.grad is not None])
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:
@@ -450,20 +446,25 @@ class Trainer:
             outputs = self.forward(rainy)
         return self.loss(outputs, clean)
 
-    @torch.no_grad()
     def look(self):
-        """Raises UserError if a loss or gradient since the last look, or a weight, is not finite. This and saving are
-        the only places in training where the host waits for the device."""
-        weights = get_total_norm(list(self.net.parameters())).double().expand(len(self.loss.terms) + 1)
-        rows = torch.stack([*(row for _, _, row in self.unseen), weights]).cpu()
-        finite = rows.isfinite().all(dim=1).tolist()
-        if devices.largest_over_processes(not all(finite), self.device):
-            steps = [(step, names) for (step, names, _), good in zip(self.unseen, finite) if not good]
-            raise self.diverged(*(steps[0] if steps else (self.step, [])))
-        if self.unseen:
-            means = dict(zip(self.loss.terms, rows[:-1].mean(dim=0).tolist()))
-            self.unseen, self.shown = [], f"loss {means['total']:.4f}, "
-            self.to_board("loss", means)
+        """Raises UserError if a loss or gradient since the last look is not finite. This and saving are the only
+        places in training where the host waits for the device."""
+        if not self.unseen:
+            return
+        rows = torch.stack([row for _, _, row in self.unseen]).cpu()
+        bad = [(step, names) for (step, names, _), row in zip(self.unseen, rows) if not row.isfinite().all()]
+        if devices.largest_over_processes(bool(bad), self.device):
+            raise self.diverged(*(bad[0] if bad else (self.step, [])))
+        means = dict(zip(self.loss.terms, rows.mean(dim=0).tolist()))
+        self.unseen, self.shown = [], f", loss {means['total']:.4f}"
+        self.to_board("loss", means)
+
+    @torch.no_grad()
+    def check(self):
+        """Looks, and raises UserError if a weight is not finite."""
+        self.look()
+        if not get_total_norm(list(self.net.parameters())).isfinite():
+            raise self.diverged(self.step, [])
 
     def diverged(self, step, names):
         return UserError(
@@ -477,41 +478,17 @@ class Trainer:
             for name, value in values.items():
                 self.board.add_scalar(f"{group}/{name}", value, self.steps_done())
 
-    def progress_bar(self, first):
-        """The bar of an epoch of which `first` pictures were used before. Off a terminal show_progress prints it."""
-        return tqdm(
-            desc=f"epoch {self.epoch + 1}/{self.args.num_epochs}",
-            total=len(self.train_set),
-            initial=first,
-            unit=" pictures",
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]",
-            file=sys.stderr if sys.stderr.isatty() else open(os.devnull, "w"),
-            disable=self.rank > 0,
-        )
-
-    def show_progress(self, bar):
-        """Moves the bar on a terminal; elsewhere prints it every minute. The loss is that of the last look."""
-        if bar.disable:
-            return
-        done = min(self.step * self.args.batch_size, bar.total)
-        left = (self.args.num_epochs - self.epoch) * bar.total - done  # in the whole run
-        left = tqdm.format_interval(left * bar.format_dict["elapsed"] / (done - bar.initial))
-        step = f"step {self.step}/{self.steps_per_epoch}"
-        bar.set_postfix_str(f"run {left} left, {self.shown}lr {self.rates[self.epoch]:.3g}, {step}", refresh=False)
-        bar.update(done - bar.n)
-        if bar.fp is not sys.stderr and time.monotonic() >= self.next_line:
+    def show_progress(self, bar, name, first, start):
+        """Moves the bar on a terminal; elsewhere prints a line every minute. The loss is that of the last look."""
+        done, total = min(self.step * self.args.batch_size, len(self.train_set)), len(self.train_set)
+        speed = (done - first) / (time.monotonic() - start)
+        left = ((self.args.num_epochs - self.epoch) * total - done) / speed
+        status = f"{speed:.3g} pictures/s, run {tqdm.format_interval(left)} left{self.shown}"
+        bar.set_postfix_str(status, refresh=False)
+        bar.update()
+        if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS
-            print(bar, flush=True)
-
-    def end_if_asked(self):
-        """Saves and ends the process after Ctrl-C, SIGTERM or SIGHUP to any process of the run."""
-        number = int(devices.largest_over_processes(self.interruption.signal, self.device))
-        if number:
-            self.save(self.latest)
-            devices.end_processes()
-            if self.rank == 0:
-                print(f"\nstopped; all is saved in {self.latest}. The same command resumes.")
-            sys.exit(128 + number)
+            print(f"{name}, step {self.step}/{self.steps_per_epoch}: {status}", flush=True)
 
     @torch.inference_mode()
     def validate(self):
@@ -532,10 +509,7 @@ class Trainer:
             self.board.add_image("rainy, derained, clean", make_grid(panels, nrow=3), self.steps_done())
         values = [psnr(error.item(), peak=1) for error in errors]
         total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
-        mean = devices.sum_over_processes(total).item() / len(self.val_set)
-        if math.isnan(mean):
-            raise self.diverged(self.step, [])
-        return mean
+        return devices.sum_over_processes(total).item() / len(self.val_set)
 
     def finish_epoch(self, line):
         """Logs an epoch, saves, and ends if that was asked for."""
@@ -556,7 +530,7 @@ class Trainer:
         self.end_if_asked()
 
     def save(self, *paths):
-        self.look()
+        self.check()
         content = {
             "epoch": self.epoch,
             "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
@@ -582,10 +556,9 @@ def main(argv=None):
         with devices.reports_lost_processes():
             Trainer(args).run()
     except OSError as error:
-        if error.errno not in files.DISK_ERRORS:
+        if error.filename or error.errno not in files.DISK_ERRORS:
             raise
-        place = error.filename or args.model_save_dir  # TensorBoard's errors name no file
-        raise UserError(f"{place} cannot be written ({error.strerror}): free some space.") from error
+        raise UserError(f"{args.model_save_dir} cannot be written ({error.strerror}): free some space.") from error
     devices.end_processes()
 
 

@@ -68,7 +68,7 @@ def compare(name, args, batch, patch, variants=common.EAGER):
     builders |= {variant: partial(ours, common.VARIANTS[variant]) for variant in variants}
     runs = common.run_rounds(builders, args)
     losses = [run.function.losses[2].item() for run in runs.values() if len(run.function.rainy) == batch]
-    if max(losses) > 1.05 * min(losses):
+    if max(losses) > 1.005 * min(losses):  # a step lowers them by more
         raise UserError(f"the variants of {name} learn different things: their losses in step 3 are {losses}.")
     return common.as_rows(runs, network=name, task=f"training {batch} × {patch}²")
 

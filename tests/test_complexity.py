@@ -16,7 +16,7 @@ def test_multiply_adds_are_counted_from_shapes(monkeypatch):
 
 
 def test_the_command_prints_a_line_for_each_network(monkeypatch, capsys):
-    monkeypatch.setattr(complexity, "SECONDS", 0)
+    monkeypatch.setattr(complexity, "REPEATS", 1)
     monkeypatch.setattr(complexity, "NETWORKS", {"narrow": {"dim": 8, "num_blocks": (1, 1, 1)}})
     monkeypatch.setattr(complexity, "get_context", lambda method: multiprocessing.dummy)  # threads start sooner
     complexity.main(["--gpus", "cpu"])

@@ -8,9 +8,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import adjust_saturation
 
-from dataset_RGB import MOVES, EpochSampler, Photo, TrainingPatches, ValidationPatches, quiet_worker, to_tensor
+from dataset_RGB import MOVES, EpochSampler, Photo, TrainingPatches, ValidationPatches, to_tensor
 from tests.conftest import make_pairs
-from utils.files import UserError, sentence
 from utils.pairs import find_pairs
 from utils.pictures import read_image, write_png
 
@@ -159,12 +158,3 @@ except Exception as error:
 """
     run = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "UserError\n"), run.stderr
-
-
-def test_a_broken_picture_in_a_worker_is_named(pairs_folder):
-    (pairs_folder / "input" / "3.png").write_bytes(b"broken")
-    patches = TrainingPatches(find_pairs(pairs_folder), 32, seed=0)
-    with pytest.raises(UserError) as caught:
-        list(DataLoader(patches, num_workers=1, worker_init_fn=quiet_worker))
-    message = sentence(caught.value)
-    assert message.startswith(str(pairs_folder / "input" / "3.png") + " cannot be read") and "\n" not in message

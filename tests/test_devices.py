@@ -60,9 +60,11 @@ def test_a_gpu_that_pytorch_cannot_use_is_announced(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "version")
     assert cpu_warnings() == []
-    (tmp_path / "version").touch()
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 21:21:55")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     (warning,) = cpu_warnings()
-    assert torch.__version__ in warning and "THE CPU COMPUTES" in warning and cpu_warnings("cpu") == []
+    assert "CUDA 13.0" in warning and "driver 470.82.01" in warning and "THE CPU COMPUTES" in warning
+    assert cpu_warnings("cpu") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
     assert cpu_warnings() == []
 

@@ -170,6 +170,7 @@ def test_results_overwrite_neither_what_was_given_nor_each_other(run, photos, tm
         (f"{photos}/*", ["--output_dir", photos]),
         (photos / "a.png", ["--output_dir", photos, "--target_dir", photos]),
         (photos / "sub", ["--output_dir", tmp_path / "clean", "--target_dir", tmp_path / "clean"]),
+        (photos / "sub", ["--target_dir", tmp_path / "clean", "--panel", tmp_path / "clean" / "c.png"]),
     ):
         assert "would overwrite" in failure(run, source, *options)
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -289,8 +290,8 @@ def test_several_processes_share_the_pictures(run, photos, monkeypatch, capsys):
 
 
 def test_under_torchrun_a_broken_picture_does_not_end_the_other_processes(tmp_path, narrow_weights):
-    pairs = make_pairs(tmp_path / "pairs", count=8)
-    for i in (0, 2, 4, 6):  # the first process has nothing else to do
+    pairs = make_pairs(tmp_path / "pairs", count=8, size=(256, 480))
+    for i in (0, 2, 4, 6):  # the first process has failed long before the second one is done
         (pairs / "input" / f"{i}.png").write_bytes(b"broken")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "test.py"]
     options = ["--input_dir", pairs / "input", "--weights", narrow_weights, "--output_dir", tmp_path / "out"]

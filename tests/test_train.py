@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import train
 from tests.conftest import make_pairs
 from tests.golden import NUMBERS
 from utils import devices
-from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_network
 from utils.pairs import DATASETS
 from utils.pictures import write_png
 
@@ -120,6 +121,7 @@ def test_training_lowers_the_loss(options, tmp_path):
     train.main([*options, "--num_epochs", "6", "--lr", "2e-3", "--no_zero_epoch", "--val_epochs", "4"])
     lines = lines_of(session(tmp_path))
     assert lines[-1]["total"] < 0.9 * lines[0]["total"]
+    assert [line["lr"] for line in lines] == [train.learning_rate(epoch, 7, 2e-3) for epoch in range(1, 7)]
     assert [line["epoch"] for line in lines if "val_psnr" in line] == [4, 6]
 
 
@@ -174,15 +176,14 @@ def test_learning_rates_are_the_published_ones(epochs):
     expected = NUMBERS["lr_schedule"][str(epochs)]
     if isinstance(expected, list):
         expected = dict(enumerate(expected, start=1))
-    rates = train.learning_rates(epochs, 1e-4)
     for epoch, rate in expected.items():
-        assert rates[int(epoch) - 1] == pytest.approx(rate, rel=1e-12, abs=0), epoch
-    assert train.learning_rates(epochs - 1, 1e-4, no_zero_epoch=True) == rates[1:]
+        assert train.learning_rate(int(epoch) - 1, epochs, 1e-4) == pytest.approx(rate, rel=1e-12, abs=0), epoch
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4])
 def test_runs_no_longer_than_the_warm_up_have_rates(epochs):
-    assert train.learning_rates(epochs, 1e-4) == pytest.approx([0, 1e-4 / 3, 2e-4 / 3, 1e-4][:epochs])
+    rates = [train.learning_rate(epoch, epochs, 1e-4) for epoch in range(epochs)]
+    assert rates == pytest.approx([0, 1e-4 / 3, 2e-4 / 3, 1e-4][:epochs])
 
 
 @pytest.mark.parametrize("name", [*ablations.ABLATIONS, "mprnet", "no_zero_epoch"])
@@ -227,6 +228,7 @@ def test_presets_are_the_authors_and_can_be_overridden():
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--val_dir", "nowhere"], "nowhere/input does not exist"),
         (["--clean_dir", "nowhere"], "nowhere"),
+        (["--model_save_dir", __file__], "test_train.py/Deraininig"),
         (["--pretrain_weights", "none.pth"], "none.pth does not exist"),
         (["--model", "NeRD-Rain"], "narrow.pth holds a network of width 8, blocks (1, 1, 1), but NeRD-Rain was asked"),
     ],
@@ -265,15 +267,6 @@ def test_photographs_are_trained_on_with_synthetic_rain(options, tmp_path, pairs
     train.main([*options, *photos, "--batch_size", "6", "--num_epochs", "1"])
     assert "18 training pairs" in capsys.readouterr().out
     assert lines_of(session(tmp_path))[0]["total"] > 0
-
-
-def test_training_starts_from_averaged_weights(options, tmp_path, narrow_weights):
-    weights = load_checkpoint(narrow_weights)["state_dict"]
-    averaged = {name: tensor + 1 for name, tensor in weights.items()}
-    save_checkpoint(tmp_path / "both.pth", state_dict=weights, ema=averaged)
-    args = train.parse_args([*options, "--pretrain_weights", str(tmp_path / "both.pth")])
-    net = train.make_network(args, None, {})
-    assert all(torch.equal(tensor, averaged[name]) for name, tensor in net.state_dict().items())
 
 
 @pytest.mark.parametrize("look_steps", [1, 2])
@@ -338,11 +331,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path):
     assert not list(session(tmp_path).glob(".*"))
 
 
-def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
-    (tmp_path / "file").touch()
-    assert "file/Deraininig" in fails([*options, "--model_save_dir", str(tmp_path / "file")])
-
-
 def test_bare_weights_in_place_of_a_checkpoint_are_refused(options, tmp_path, narrow_weights):
     session(tmp_path).mkdir(parents=True)
     torch.save(load_checkpoint(narrow_weights)["state_dict"], session(tmp_path) / "model_latest.pth")
@@ -354,10 +342,9 @@ def test_progress_is_printed_off_a_terminal(options, monkeypatch, capsys):
     monkeypatch.setattr(devices, "cpu_warnings", lambda gpus: ["note: the machine is busy"])
     train.main([*options, "--num_epochs", "1"])
     output = capsys.readouterr().out
-    lines = [line for line in output.splitlines() if line.startswith("epoch 1/1: ")]
+    lines = [line for line in output.splitlines() if line.startswith("epoch 1/1, ")]
     assert len(lines) == 3 and output.count("note: the machine is busy\n") == 1
-    for part in ("67%", "4/6 [00:", " pictures/s", "step 2/3", "loss 0.", "lr 0", "run 00:", "left"):
-        assert part in lines[1]
+    assert re.fullmatch(r"epoch 1/1, step 2/3: [0-9.]+ pictures/s, run [0-9:]+ left, loss [0-9.]+", lines[1])
 
 
 def test_where_compiling_fails_training_goes_on(options, tmp_path, monkeypatch, capsys):
@@ -385,15 +372,8 @@ def test_compiled_training_gives_the_same_losses(options, tmp_path, capsys):
     assert latest(session(tmp_path, "b"))["state_dict"].keys() == latest(session(tmp_path))["state_dict"].keys()
 
 
-@pytest.mark.parametrize(
-    "name, code, expected",
-    [
-        (["DDN-Data"], 1, "1g_m7RfSUJUtknlWugO1nrw"),
-        (["ablation", "x"], 2, "inr_none"),
-    ],
-)
-def test_train_sh_takes_the_name_of_the_data_set(tmp_path, name, code, expected):
+@pytest.mark.parametrize("name, code, expected", [(["DDN-Data"], 1, "1g_m7RfSUJ"), (["ablation", "x"], 2, "inr_none")])
+def test_train_sh_takes_the_name_of_the_data_set(name, code, expected):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
-    command = ["bash", ROOT / "train.sh", *name]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(["bash", ROOT / "train.sh", *name], env=environment, capture_output=True, text=True)
     assert run.returncode == code and expected in run.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 from collections import deque
 from pathlib import Path
 
@@ -35,10 +36,13 @@ def cpu_warnings(gpus=None):
     cores that are busy."""
     warnings = []
     if gpus != "cpu" and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+        driver = re.search(r"\d+\.\d[.\d]*", NVIDIA_DRIVER.read_text())
         warnings.append(
-            f"WARNING: PyTorch {torch.__version__} cannot use this machine's NVIDIA GPU: THE CPU COMPUTES. Update the "
-            "driver or install a PyTorch for it (https://pytorch.org/get-started/locally/), or use --gpus cpu if this "
-            "is intended."
+            f"WARNING: PyTorch {torch.__version__}, built for {built_for}, "
+            f"cannot use this machine's NVIDIA GPU (driver {driver[0] if driver else 'unknown'}): THE CPU COMPUTES. "
+            "Update the driver or install a PyTorch for it (https://pytorch.org/get-started/locally/), or use "
+            "--gpus cpu if this is intended."
         )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # not on Windows
     threads, cores = torch.get_num_threads(), usable_cores()

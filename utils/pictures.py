@@ -49,8 +49,8 @@ class Picture(NamedTuple):
 
 
 def is_picture(path):
-    """Whether a path is named like a picture and is no folder."""
-    return path.suffix.lower() in ENDINGS and not path.is_dir()
+    """Whether a path is named like a picture and is a file, or a link: reading says so if it leads nowhere."""
+    return path.suffix.lower() in ENDINGS and not path.is_dir() and (path.is_file() or path.is_symlink())
 
 
 def walk(root):
@@ -89,12 +89,12 @@ def find_pictures(source, results=()):
     """
     path, source = Path(source), str(source)
     if source and path.is_dir():
-        root, found = path, list(filter(is_picture, walk(path)[0]))
+        root, found = path, [file for file in walk(path)[0] if is_picture(file)]
     elif path.is_file():
         root, found = path.parent, [path]
     elif glob.has_magic(source):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = list(filter(is_picture, map(Path, glob.glob(source, recursive=True))))
+        found = [file for file in map(Path, glob.glob(source, recursive=True)) if is_picture(file)]
     else:
         name = source or "a picture without a name"
         raise UserError(f"{name} does not exist: give a picture, a folder or a quoted pattern, 'photos/*.jpg'.")
@@ -326,17 +326,13 @@ def write_picture(path, picture, quality=QUALITY):
 
 def read_image(path):
     """-> H×W×3 uint8, of 16 bits the upper 8. Raises UserError as read_picture does."""
-    return eight_bits(read_picture(path).pixels)
+    pixels = read_picture(path).pixels
+    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
 def write_png(path, image):
     """Writes H×W×3 uint8 or uint16 as PNG, whole or not at all."""
     write_picture(path, Picture(image))
-
-
-def eight_bits(pixels):
-    """uint8 or uint16 -> uint8."""
-    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
 def peak_value(dtype):

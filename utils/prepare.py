@@ -58,9 +58,7 @@ def pairs_of_list(path):
         if len(paths) == 2 and all(map(os.path.isfile, paths)):
             pairs.append(Pair(*paths))
         elif paths:
-            raise UserError(
-                f"{path}, line {number}: {line[:99]!r} names no rainy and clean picture: correct it."
-            )
+            raise UserError(f"{path}, line {number}: {line[:99]!r} names no rainy and clean picture: correct it.")
     return pairs
 
 
