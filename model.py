@@ -37,7 +37,7 @@ def depthwise3x3(channels):
 
 
 class PixelUnshuffle(nn.Module):
-    """B×C×H×W -> B×4C×H/2×W/2, channels-last on every device: on CUDA PyTorch's returns contiguous tensors."""
+    """B×C×H×W -> B×4C×H/2×W/2, channels-last on every device: on CUDA PyTorch's module returns contiguous tensors."""
 
     def forward(self, x):
         x = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B×H/2×2×W/2×2×C
@@ -45,7 +45,7 @@ class PixelUnshuffle(nn.Module):
 
 
 class PixelShuffle(nn.Module):
-    """B×4C×H×W -> B×C×2H×2W, channels-last as PixelUnshuffle."""
+    """B×4C×H×W -> B×C×2H×2W, channels-last like PixelUnshuffle's output."""
 
     def forward(self, x):
         x = x.permute(0, 2, 3, 1).unflatten(3, (-1, 2, 2))  # B×H×W×C×2×2
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     """Attention across channels, Restormer's MDTA (arXiv 2111.09881, Eq. 1). B×C×H×W -> B×C×H×W.
 
     The definition is project_out(v · softmax(temperature · q̂ᵀk̂)ᵀ), q̂ and k̂ having columns of length 1. Two steps move
-    to the small C/heads×C/heads matrix, where they cost nothing: dividing by the lengths, and projecting.
+    to the small C/heads×C/heads matrix, where they cost almost nothing: dividing by the lengths, and projecting.
     """
 
     def __init__(self, channels, heads):
@@ -114,7 +114,7 @@ class FeedForward(nn.Module):
         def branch(project, filters):
             return F.conv2d(F.conv2d(x, project), filters, padding=1, groups=len(filters))
 
-        # The two halves run apart: slices of one channels-last tensor are slow to read.
+        # The two halves are computed separately: slices of one channels-last tensor are slow to read.
         (gate_in, value_in), (gate, value) = self.project_in.weight.chunk(2), self.dwconv.main[0].weight.chunk(2)
         return self.project_out(F.gelu(branch(gate_in, gate)) * branch(value_in, value))
 
@@ -137,24 +137,19 @@ class TransformerBlock(nn.Module):
 class INR(nn.Module):
     """Implicit neural representation (Sec. 3.2): features B×dim×h×w -> image B×3×h×w.
 
-    The published head feeds an MLP with each pixel's 3×3 neighbourhood, relative coordinates and cell size. It is only
-    ever asked at the pixel centres, where every coordinate is 0 and every cell size 2. So the MLP is a 3×3 convolution,
-    the constant cell size folded into its bias, followed by 1×1 convolutions. That is computed here, once instead of
-    the published four times; the first layer keeps its published width.
+    The published head feeds 3×3 neighbourhoods, 18 relative coordinates and the cell's size to an MLP, for four cells.
+    The network queries it at pixel centres only, where coordinates are 0, sizes 2 and all answers equal. So it is a 3×3
+    convolution, the size folded into its bias, followed by 1×1 ones; the first layer keeps its published width.
     """
 
-    cells = 2  # the last inputs of the MLP: height and width of a cell
+    cells = 2  # number of the MLP's last inputs, the height and the width of a cell
 
     def __init__(self, dim, coordinates=18, hidden=256):
         super().__init__()
-        self.imnet = named(
-            layers=nn.Sequential(
-                *(nn.Linear(9 * dim + coordinates + self.cells, hidden), nn.ReLU()),
-                *(nn.Linear(hidden, hidden), nn.ReLU()),
-                *(nn.Linear(hidden, hidden), nn.ReLU()),
-                nn.Linear(hidden, 3),
-            )
-        )
+        layers = [nn.Linear(9 * dim + coordinates + self.cells, hidden), nn.ReLU()]
+        for _ in range(2):
+            layers += [nn.Linear(hidden, hidden), nn.ReLU()]
+        self.imnet = named(layers=nn.Sequential(*layers, nn.Linear(hidden, 3)))
 
     def first_layer(self, x, bias=None):
         """The MLP's first layer on the 3×3 neighbourhoods alone: B×dim×h×w -> B×hidden×h×w."""
@@ -168,7 +163,7 @@ class INR(nn.Module):
 
 
 class Fusion(nn.Module):
-    """BFPU (Sec. 3.3, Fig. 3): two latents B×C×h×w -> one. The figure concatenates, the published code sums."""
+    """BFPU (Sec. 3.3, Fig. 3): two latents B×C×h×w -> one. Gated latents are added; the figure concatenates them."""
 
     def __init__(self, channels):
         super().__init__()
@@ -230,11 +225,12 @@ def add_scale(net, scale, passes, dim, blocks):
     net.add_module(f"patch_embed_{scale}", named(proj=conv3x3(3, dim)))
     for part, build in parts.items():
         for number, shape in enumerate(shapes, 1):
-            module, numbered = build(), number > 1 if part in resampling else passes > 1
+            module = build()
+            numbered = number > 1 if part in resampling else passes > 1
             net.add_module(f"{part}_{scale}{number if numbered else ''}", module)
             setattr(shape, part, module)
     net.add_module(f"output_{scale}", conv3x3(dim, 3))
-    for number in range(1, passes):  # what leads from a pass to the next
+    for number in range(1, passes):  # lead from one pass to the next
         net.add_module(f"output_{scale}_context{number if passes > 2 else ''}", conv3x3(dim, dim))
     return shapes
 
@@ -242,12 +238,13 @@ def add_scale(net, scale, passes, dim, blocks):
 class MultiscaleNet(nn.Module):
     """The network of Figure 2: RGB in [0, 1], B×3×H×W with H and W multiples of 16 -> a list of seven images.
 
-    [0] the derained image, [1] at 1/2 size, [2] at 1/4 size, [3] what the INR of the middle scale renders, [4] half the
-    middle scale's input, [5] what the INR of the small scale renders, [6] the 1/4 input. Losses and scripts, published
-    ones too, rely on this order. Results are not clamped.
+    The scales small (1/4 size), mid (1/2) and max (full) have 1, 2 and 3 passes. The list: [0] the derained image, [1]
+    at 1/2 size, [2] at 1/4 size, [3] the mid scale's input with what its INR renders, [4] the mid scale's input, halved
+    in value, [5] as [3] of the small scale, [6] the 1/4 input. Losses and scripts, published ones too, rely on this
+    order. Results are not clamped.
 
     Args:
-        dim: channels at the finest level, 48 for NeRD-Rain and 32 for NeRD-Rain-S; twice and four times as many below
+        dim: channels at the finest level, 48 for NeRD-Rain and 32 for NeRD-Rain-S; ×2 and ×4 at the deeper ones
         num_blocks: blocks at level 1, level 2 and the latent
         heads: attention heads at the same three places
     """
@@ -268,33 +265,42 @@ class MultiscaleNet(nn.Module):
         self.upsmall2mid1, self.upsmall2mid2 = upsample(dim * 4), upsample(dim * 2)
         self.upmid2max1, self.upmid2max2 = upsample(dim * 4), upsample(dim * 2)
 
-        # As published, pass 3 uses a layer of pass 2. Its own is stored but idle: with a gradient it would stall DDP.
+        # As published, pass 3 uses a layer of pass 2. Its own is stored but unused: DDP would wait for its gradient.
         self.max3.reduce_chan_level1 = self.reduce_chan_level1_max2
         self.reduce_chan_level1_max3.requires_grad_(False)
 
     def forward(self, x):
         if x.shape[-2] % MULTIPLE or x.shape[-1] % MULTIPLE:
             raise ValueError(f"height and width must be multiples of {MULTIPLE}, not {x.shape[-2]} and {x.shape[-1]}")
-        x_small, x_mid, x_max = resize(x, 1 / 4), resize(x, 1 / 2), x
+        rainy_small, rainy_mid, rainy_max = resize(x, 1 / 4), resize(x, 1 / 2), x
 
-        # Coarse to fine: from each scale's first latent an INR renders an image, which joins the next scale's input.
-        z_small, skips_small = self.small.encode(self.patch_embed_small(x_small))
-        rendered_small = self.INR(self.upsmall2mid2(self.upsmall2mid1(z_small))) + x_small
-        image_mid = x_mid + resize(rendered_small, 2)
-        z_mid1, skips_mid = self.mid1.encode(self.patch_embed_mid(image_mid))
+        # Coarse to fine: from a scale's first latent an INR renders a residual; image and residual join the next input.
+        z_small, skips_small = self.small.encode(self.patch_embed_small(rainy_small))
+        rendered_small = self.INR(self.upsmall2mid2(self.upsmall2mid1(z_small))) + rainy_small
+        image_mid = rainy_mid + resize(rendered_small, 2)
+        z_mid1, skips_mid1 = self.mid1.encode(self.patch_embed_mid(image_mid))
         rendered_mid = self.INR2(self.upmid2max2(self.upmid2max1(z_mid1))) + image_mid
-        image_max = x_max + resize(rendered_mid, 2)
+        image_max = rainy_max + resize(rendered_mid, 2)
 
-        # Fine to coarse: the latents of two neighbouring passes are fused and fed back to the coarser scale.
+        # The passes of the full-size scale; a context convolution leads from one to the next.
         z_max1, skips = self.max1.encode(self.patch_embed_max(image_max))
-        z_max2, skips = self.max2.encode(self.output_max_context1(self.max1.decode(z_max1, skips)))
-        z_max3, skips_max = self.max3.encode(self.output_max_context2(self.max2.decode(z_max2, skips)))
-        y_mid = self.mid1.decode(z_mid1 + resize(self.BF1(z_max1, z_max2), 1 / 2), skips_mid)
-        z_mid2, skips_mid = self.mid2.encode(self.output_mid_context(y_mid))
+        y = self.max1.decode(z_max1, skips)
+        z_max2, skips = self.max2.encode(self.output_max_context1(y))
+        y = self.max2.decode(z_max2, skips)
+        z_max3, skips_max3 = self.max3.encode(self.output_max_context2(y))
 
-        # Coarse to fine: every scale decodes its last pass, with the feedback, and hands its features up.
-        y_small = self.small.decode(z_small + resize(self.BF3(z_mid1, z_mid2), 1 / 2), skips_small)
-        y_mid = self.mid2.decode(z_mid2 + resize(self.BF2(z_max2, z_max3), 1 / 2), skips_mid) + resize(y_small, 2)
-        y_max = self.max3.decode(z_max3, skips_max) + resize(y_mid, 2)
-        results = [self.output_max(y_max) + x_max, self.output_mid(y_mid) + x_mid, self.output_small(y_small) + x_small]
-        return [*results, rendered_mid, image_mid / 2, rendered_small, x_small]
+        # Fine to coarse: the encoders' latents of two neighbouring passes are fused and fed back to the coarser scale.
+        feedback_mid1 = resize(self.BF1(z_max1, z_max2), 1 / 2)
+        feedback_mid2 = resize(self.BF2(z_max2, z_max3), 1 / 2)
+        y = self.mid1.decode(z_mid1 + feedback_mid1, skips_mid1)
+        z_mid2, skips_mid2 = self.mid2.encode(self.output_mid_context(y))
+        feedback_small = resize(self.BF3(z_mid1, z_mid2), 1 / 2)
+
+        # Coarse to fine again: each scale decodes its last pass and hands its features up.
+        y_small = self.small.decode(z_small + feedback_small, skips_small)
+        y_mid = self.mid2.decode(z_mid2 + feedback_mid2, skips_mid2) + resize(y_small, 2)
+        y_max = self.max3.decode(z_max3, skips_max3) + resize(y_mid, 2)
+        derained_small = self.output_small(y_small) + rainy_small
+        derained_mid = self.output_mid(y_mid) + rainy_mid
+        derained_max = self.output_max(y_max) + rainy_max
+        return [derained_max, derained_mid, derained_small, rendered_mid, image_mid / 2, rendered_small, rainy_small]
