@@ -18,16 +18,19 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
+from warmup_scheduler import GradualWarmupScheduler
 
 import ablations
 from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, quiet_worker
@@ -173,18 +176,27 @@ def make_network(args, path, checkpoint):
     return net
 
 
-def learning_rate(epoch, num_epochs, lr):
-    """Rate of an epoch, from 0, in a run of `num_epochs`: a linear warm-up from rate 0, then a cosine down to MIN_LR.
+def learning_rates(num_epochs, lr, no_zero_epoch=False):
+    """-> list of the learning rates of all epochs: a linear warm-up, then a cosine down to MIN_LR.
 
-    As published, the cosine is divided by its second value: the rate is `lr` in epochs 3 and 5, above it in epoch 4.
+    As published, the first epoch runs at rate 0, and the cosine is divided by its second value: the rate is `lr` in
+    epochs 4 and 6, above it in epoch 5. `no_zero_epoch` leaves the first epoch out. The published code uses
+    CosineAnnealingLR, whose rates differ between PyTorch releases.
     """
+    half_period, low = max(2, num_epochs + no_zero_epoch - WARMUP_EPOCHS), MIN_LR / lr
 
-    def cosine(i):
-        return 1 + math.cos(math.pi * i / max(2, num_epochs - WARMUP_EPOCHS))
+    def cosine(epoch):
+        return low + (1 - low) * (1 + math.cos(math.pi * epoch / half_period)) / (1 + math.cos(math.pi / half_period))
 
-    if epoch <= WARMUP_EPOCHS:
-        return lr * epoch / WARMUP_EPOCHS
-    return MIN_LR + (lr - MIN_LR) * cosine(epoch - WARMUP_EPOCHS - 1) / cosine(1)
+    rates, optimizer = [], torch.optim.SGD([torch.zeros(1)], lr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package asks for rates between steps
+        after = LambdaLR(optimizer, cosine)
+        schedule = GradualWarmupScheduler(optimizer, multiplier=1, total_epoch=WARMUP_EPOCHS, after_scheduler=after)
+        for _ in range(num_epochs + no_zero_epoch):
+            rates.append(optimizer.param_groups[0]["lr"])
+            schedule.step()
+    return rates[int(no_zero_epoch) :]
 
 
 def write_json_lines(path, lines):
@@ -270,9 +282,8 @@ class Trainer:
         if self.rank == 0:
             if source == self.previous:
                 print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {source}.")
-                if self.latest.exists():  # another day it may be readable
+                if self.latest.exists():  # another day it may be readable; the next save would make it the previous
                     os.replace(self.latest, self.folder / "model_damaged.pth")
-                os.replace(source, self.latest)
             self.begin(resumed=bool(source))
             self.board = SummaryWriter(self.folder, purge_step=self.steps_done())
         self.interruption = Interruption()  # before this there is nothing to save
@@ -381,7 +392,7 @@ class Trainer:
         """Trains to the end of the epoch -> its line for the log."""
         args, total, start = self.args, len(self.train_set), time.monotonic()
         first = min(self.step * args.batch_size, total)  # pictures used before an interruption
-        rate = learning_rate(self.epoch + args.no_zero_epoch, args.num_epochs + args.no_zero_epoch, args.lr)
+        rate = learning_rates(args.num_epochs, args.lr, args.no_zero_epoch)[self.epoch]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.net.train()
@@ -452,7 +463,8 @@ class Trainer:
         if not self.unseen:
             return
         rows = torch.stack([row for _, _, row in self.unseen]).cpu()
-        bad = [(step, names) for (step, names, _), row in zip(self.unseen, rows) if not row.isfinite().all()]
+        finite = rows.isfinite().all(dim=1).tolist()
+        bad = [(step, names) for (step, names, _), good in zip(self.unseen, finite) if not good]
         if devices.largest_over_processes(bool(bad), self.device):
             raise self.diverged(*(bad[0] if bad else (self.step, [])))
         means = dict(zip(self.loss.terms, rows.mean(dim=0).tolist()))
