@@ -53,7 +53,7 @@ class Steps:
 def compare(name, args, batch, patch, variants=common.EAGER):
     """-> rows of the table for one network and size. With larger batches, the baseline also runs with single pictures,
     as published: its batch may not fit."""
-    count = max(3, 20 // batch) if args.device.type == "cuda" else 3  # steps in a round
+    count = max(3, 20 // batch) if args.device.type == "cuda" else 1  # steps in a round
 
     def baseline(batch):
         return Steps(published(common.make_network(name, args)), batch, patch, count, fused=False), batch * count
