@@ -275,7 +275,9 @@ class Trainer:
         if args.compile:
             self.compile()
 
-        self.look_steps = LOOK_STEPS if self.device.type == "cuda" else 1
+        self.look_steps = 1
+        if self.device.type == "cuda":  # several processes see signals at looks, and torchrun waits 30 seconds for them
+            self.look_steps = LOOK_STEPS if self.world == 1 else LOOK_STEPS // 5
         self.unseen, self.shown = [], ""  # steps since the last look; the loss that it saw
         self.next_line = time.monotonic() + PROGRESS_SECONDS
         self.board = None
@@ -453,8 +455,10 @@ class Trainer:
         return patches.to(torch.float32, memory_format=torch.channels_last) / 255
 
     def losses(self, rainy, clean):
+        # An epoch's last batch may be smaller: the compiled network would be compiled anew for it.
+        forward = self.forward if len(rainy) == self.sampler.share(0)[0] else self.parallel
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            outputs = self.forward(rainy)
+            outputs = forward(rainy)
         return self.loss(outputs, clean)
 
     def look(self):

@@ -1,5 +1,5 @@
-"""Deraining by 256×256 windows: ours against the published formulation, which takes one window after the other, with the
-same weights. A GPU derains photographs of 481×321, a CPU one window.
+"""Deraining by 256×256 windows: ours against the published formulation, which takes one window after the other, with
+the same weights. A GPU derains photographs of 481×321, a CPU one window.
 
 python -m benchmarks.inference
 """

@@ -176,7 +176,10 @@ class Derainer:
         net, mode = self.net, "reduce-overhead" if self.gpu else "default"
         self.compiled = torch.compile(lambda x: net(x)[0], dynamic=False, mode=mode)  # without the smaller images
         try:
-            self.launch([(None, torch.zeros(3, self.window, self.window))])
+            for _ in range(3):  # compiles, records a CUDA graph and replays it
+                self.launch([(None, torch.zeros(3, self.window, self.window))])
+            if self.gpu:
+                torch.cuda.synchronize()
         except Exception as error:  # compilers fail in many ways
             self.compiled = None
             logger.warning("note: the network runs uncompiled, as torch.compile failed: %s", str(error).split("\n")[0])
