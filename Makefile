@@ -8,9 +8,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-ifeq ($(VENV),.venv)
-installed = .venv/.$(1)
-endif
+installed = $(if $(filter .venv,$(VENV)),.venv/.$(1),$(BIN)/python)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-slow test-gpu
@@ -35,6 +33,9 @@ test-gpu: $(call installed,requirements-dev.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
+
+$(filter-out .venv/bin/python,$(BIN)/python):
+	@echo "$@ does not exist: make that environment first and install requirements-dev.txt, or omit VENV."; exit 1
 
 .venv/.%.txt: %.txt requirements.txt requirements-extras.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --requirement $<

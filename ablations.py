@@ -95,6 +95,11 @@ class Points(NamedTuple):
         return self.colours.float(), self.colours_of(clean)
 
 
+def filled(values, device):
+    """-> a tensor of these numbers, filled on the device: for a copy of torch.tensor's the host would wait."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
+
+
 class CoordinateINR(INR):
     """The representation that the paper describes (Sec. 3.2, Fig. 2), as in LIIF (arXiv 2012.09161): features
     B×dim×h×w -> image B×3×H×W of any size, or its colours at any points.
@@ -122,12 +127,12 @@ class CoordinateINR(INR):
         first, rest = self.imnet.layers[0], self.imnet.layers[1:]
         features = self.first_layer(x).flatten(2)  # linear, so once is enough for all points
         by_coordinates = first.weight[:, 9 * x.shape[1] :]
-        grid = torch.tensor(x.shape[2:], device=x.device)
-        cell_size = 2 / torch.tensor(size, device=x.device) * grid
+        grid = filled(x.shape[2:], x.device)
+        cell_size = 2 / filled(size, x.device) * grid
         positions_in_cells = (positions + 1) / 2 * grid - 0.5  # the centre of cell i lies at i
         colours = 0
         for corner in ((0, 0), (0, 1), (1, 0), (1, 1)) if self.ensemble else ((0.5, 0.5),):
-            cell = (positions_in_cells + torch.tensor(corner, device=x.device)).floor()
+            cell = (positions_in_cells + filled(corner, x.device)).floor()
             distance = (positions_in_cells - cell).abs()
             area = (1 - distance).prod(dim=1) if self.ensemble else torch.ones_like(positions[:, 0])
             cell = cell.clamp(torch.zeros_like(grid), grid - 1)
@@ -223,7 +228,8 @@ class AblationNet(nn.Module):
         size = tuple(2 * side for side in image.shape[2:])
         rendered = head(features, size) + resize(image, 2)
         if self.inr == "coordinate_random" and self.training:
-            points = Points(None, torch.rand(size[0] * size[1], 2).to(image) * 2 - 1)
+            drawn = torch.rand(size[0] * size[1], 2, pin_memory=image.is_cuda)  # by the CPU, whose state is saved
+            points = Points(None, drawn.to(image, non_blocking=True) * 2 - 1)
             colours = head.query(features, points.positions, size) + points.colours_of(image, "nearest")
             return points._replace(colours=colours), rendered
         return rendered, rendered

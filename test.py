@@ -27,7 +27,7 @@ from evaluations.metrics import PROTOCOLS, psnr_ssim
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, results_settings
-from utils.devices import add_gpus, choose_device, cpu_warnings
+from utils.devices import add_gpus, choose_device, print_cpu_warnings
 from utils.files import UserError, counted, disk_failed, listed, reports_errors, sentence, write_csv
 from utils.pairs import DATASETS, Pair, known_dataset, match_by_name
 from utils.pictures import find_pictures, read_image
@@ -76,6 +76,14 @@ def split_clips(sources):
     return clips, others
 
 
+def rainy_folder(source):
+    """-> where a data set keeps its rainy test pictures; any other source as it is."""
+    for folder in (Path(source, "test"), Path(source)):
+        if isdir(folder / "input") and isdir(folder / "target"):
+            return folder / "input"
+    return source
+
+
 def is_test_set(folder):
     return known_dataset(folder) is not None and "test" in os.path.abspath(folder).lower().split(os.sep)[-2:]
 
@@ -109,12 +117,10 @@ class Plan(NamedTuple):
 def make_plan(args):
     """Raises UserError if nothing of it can be done as it was meant."""
     clips, sources = split_clips(args.input_dir)
-    # A data set's folder stands for the rainy pictures in it.
-    sources = [Path(s, "input") if isdir(Path(s, "input")) and isdir(Path(s, "target")) else s for s in sources]
-    results = [args.output_dir or "results"]
+    sources, results = list(map(rainy_folder, sources)), [args.output_dir or "results"]
     found = [find_pictures(source, results) for source in sources]
     folder = args.output_dir or default_output_dir([*sources, *clips][0], found[0][1] if found else "")
-    if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS:
+    if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS | pictures.CLIP_ENDINGS:
         raise UserError(f"--output_dir {folder} names a file: give a folder.")
     if realpath(folder) in [realpath(source) for source in sources if isdir(source)]:
         raise UserError(f"{folder} is the input folder: choose another --output_dir.")
@@ -201,31 +207,39 @@ def main(argv=None):
         own = args.weights == OWN_WEIGHTS
         weights = "our own weights" if own else args.weights
         print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
-        for warning in cpu_warnings(args.gpus) if device.type == "cpu" else ():
-            print(warning)
+        print_cpu_warnings(device, args.gpus)
         if own and args.ensemble:
             print("note: these weights were trained mostly on falling rain: --ensemble may lower quality.")
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])
-    new = {p: out for p, out in outputs.items() if not (args.skip_existing and is_current(out, settings, plan.folder))}
-    kept = [path for path in outputs if path not in new]
+    kept = []
+    if args.skip_existing:
+        kept = [path for path, output in outputs.items() if is_current(output, path, settings, plan.folder)]
+    new = dict(outputs)
+    for path in kept:
+        del new[path]
     done, failures = [], [] if rank else list(plan.failures)
     total = len(outputs) + len(failures)
     if new:
         remember_settings(plan.folder, settings)
     bar = tqdm(total=sum(map(count_frames, new)), bar_format=BAR, disable=rank > 0 or not new or None)
+
+    def progress(share):
+        bar.update(min(share, bar.total - bar.n))  # sums of shares round
+
     with bar, logging_redirect_tqdm():
-        for path, error in derain_files(derainer, new, args.quality, args.steady, bar.update):
+        for path, error in derain_files(derainer, new, args.quality, args.steady, progress):
             if not error:
                 done.append(path)
             elif disk_failed(error):
                 raise error
             else:
                 failures.append(sentence(error))
-    where = next(iter(outputs.values())) if len(outputs) == 1 else plan.folder
-    kept_too = f", {len(kept):,} kept" if kept else ""
-    print(f"{counted(len(done), 'file')} derained in {time.monotonic() - start:.0f} s{kept_too} -> {where}")
+    if done or kept:
+        where = next(iter(outputs.values())) if len(outputs) == 1 else plan.folder
+        kept_too = f", {len(kept):,} kept" if kept else ""
+        print(f"{counted(len(done), 'file')} derained in {time.monotonic() - start:.0f} s{kept_too} -> {where}")
 
     if args.target_dir:
         dataset = known_dataset(args.target_dir)

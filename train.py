@@ -10,6 +10,7 @@ model_previous.pth; model_best.pth; log.jsonl (a line per epoch); runs.jsonl (a 
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -122,7 +123,8 @@ def parse_args(argv=None):
 
     own_data = args.train_dir or (args.clean_dir and not args.dataset)
     if own_data and not args.val_dir and not args.hold_out:
-        parser.error("give --val_dir DIR to validate on, or --hold_out 0.05 to validate on a part of --train_dir")
+        other_way = ", or --hold_out 0.05 to validate on a part of --train_dir" if args.train_dir else ""
+        parser.error(f"give --val_dir DIR, pairs to validate on{other_way}")
     folder, recipe = Path("Datasets", args.dataset or "Rain200L"), DATASETS.get(args.dataset, PUBLISHED)
     if not own_data:
         args.train_dir = str(folder / "train")
@@ -150,12 +152,12 @@ def find_data(args):
     return pairs + args.clean_repeats * photos, validation
 
 
-def digest(args, pairs):
-    """-> a digest of the names of all training pictures, below their folder."""
+def digest(pairs, folder, clean_dir=None):
+    """-> a digest of the names of pairs below `folder`, and of photographs below `clean_dir`."""
     hashed = hashlib.sha256()
     for pair in pairs:
-        folder = args.clean_dir if isinstance(pair, Photo) else args.train_dir
-        hashed.update(os.fsencode(os.path.relpath(pair.input, folder)) + b"\n")
+        root = clean_dir if isinstance(pair, Photo) else folder
+        hashed.update(os.fsencode(os.path.relpath(pair.input, root)) + b"\n")
     return hashed.hexdigest()
 
 
@@ -232,21 +234,23 @@ class Trainer:
             raise UserError(
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
-        if self.device.type == "cpu" and self.rank == 0:
-            for warning in devices.cpu_warnings(args.gpus):
-                print(warning, flush=True)
+        if self.rank == 0:
+            devices.print_cpu_warnings(self.device, args.gpus)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
         pairs, val_pairs = find_data(args)
-        self.digest = digest(args, pairs)
+        self.digest = digest(pairs, args.train_dir, args.clean_dir)
+        val_folder = args.train_dir if args.hold_out else args.val_dir
+        self.val_digest = f"{digest(val_pairs, val_folder)}, patches of {args.patch_size}"
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
-        self.val_set[0]  # what is wrong with it appears now, not after an epoch
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
         self.steps_per_epoch = len(self.sampler)
         self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(val_pairs), self.world)))
+        for _ in self.val_loader:  # reports broken pictures now, not after an epoch
+            pass
 
         self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
         names = [self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")]
@@ -308,6 +312,10 @@ class Trainer:
         self.epoch = checkpoint["epoch"]
         self.step = min(checkpoint.get("pictures", 0) // self.args.batch_size, self.steps_per_epoch)
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
+        if checkpoint.get("val_digest", self.val_digest) != self.val_digest:
+            if self.rank == 0:
+                print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
+            self.best_psnr, self.best_epoch = -math.inf, 0
         if self.step:
             self.sums = checkpoint["sums"].to(self.device) / self.world
         state = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}  # with this run's settings
@@ -352,9 +360,6 @@ class Trainer:
             changes = [name for name in args if name in last and args[name] != last[name]]
             for name in changes:
                 print(f"changed since the last start: --{name} {args[name]} (was {last[name]})")
-            if {"val_dir", "hold_out", "patch_size"} & set(changes):
-                print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
-                self.best_psnr, self.best_epoch = -math.inf, 0
         run = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "arguments": args, **files.software()}
         run |= {"cuda": torch.version.cuda, "device": device, "processes": self.world}
         write_json_lines(records, [*runs, run])
@@ -380,12 +385,7 @@ class Trainer:
         while self.epoch < args.num_epochs:
             line = self.train_epoch()
             if line["epoch"] % args.val_epochs == 0 or line["epoch"] == args.num_epochs:
-                try:
-                    line["val_psnr"] = self.validate()
-                except UserError:  # a broken picture, which must not cost the epoch
-                    if self.world == 1:
-                        self.save(self.latest)
-                    raise
+                line["val_psnr"] = self.validate()
             self.finish_epoch(line)
         if self.rank == 0:
             print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
@@ -416,8 +416,8 @@ class Trainer:
         means, seconds = devices.sum_over_processes(self.sums) / total, time.monotonic() - start
         line = {"epoch": self.epoch + 1, "lr": rate, **dict(zip(self.loss.terms, means.tolist()))}
         if first < total:
-            line["pictures_per_second"] = round((total - first) / seconds, 2)
-        return line | {"seconds": round(seconds, 1)}
+            line |= {"pictures_per_second": round((total - first) / seconds, 2), "seconds": round(seconds, 1)}
+        return line
 
     def train_step(self, batch):
         """Adds a batch's gradients and, after a group of --accumulate batches, takes an optimizer step -> whether it
@@ -498,13 +498,14 @@ class Trainer:
         """Moves the bar on a terminal; elsewhere prints a line every minute. The loss is that of the last look."""
         done, total = min(self.step * self.args.batch_size, len(self.train_set)), len(self.train_set)
         speed = (done - first) / (time.monotonic() - start)
-        left = ((self.args.num_epochs - self.epoch) * total - done) / speed
-        status = f"{speed:.3g} pictures/s, run {tqdm.format_interval(left)} left{self.shown}"
+        epoch_left, run_left = (total - done) / speed, ((self.args.num_epochs - self.epoch) * total - done) / speed
+        status = f"{speed:.3g} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
         if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS
-            print(f"{name}, step {self.step}/{self.steps_per_epoch}: {status}", flush=True)
+            step = f"step {self.step}/{self.steps_per_epoch}, lr {self.optimizer.param_groups[0]['lr']:.3g}"
+            print(f"{name}, {step}: epoch {tqdm.format_interval(epoch_left)} left, {status}")
 
     @torch.inference_mode()
     def validate(self):
@@ -539,10 +540,11 @@ class Trainer:
             paths.insert(0, self.folder / f"model_epoch_{self.epoch}.pth")
         if self.rank == 0:
             files.append_json(self.folder / "log.jsonl", line)
-            text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
-            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}", flush=True)
         self.to_board("epoch", line)
         self.save(*paths)
+        if self.rank == 0:
+            text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
+            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
         self.end_if_asked()
 
     def save(self, *paths):
@@ -551,6 +553,7 @@ class Trainer:
             "epoch": self.epoch,
             "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
             "digest": self.digest,
+            "val_digest": self.val_digest,
             "state_dict": self.net.state_dict(),
             "options": self.net.options,
             "optimizer": self.optimizer.state_dict(),
@@ -570,7 +573,14 @@ def main(argv=None):
     threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
     try:
         with devices.reports_lost_processes():
-            Trainer(args).run()
+            trainer = Trainer(args)
+            try:
+                trainer.run()
+            except OSError as error:  # printing to a closed terminal fails, perhaps before its signal arrives
+                if error.errno != errno.EIO or trainer.world > 1:
+                    raise
+                trainer.interruption.ask(signal.SIGHUP, None)
+                trainer.end_if_asked()
     except OSError as error:
         if error.filename or error.errno not in files.DISK_ERRORS:
             raise

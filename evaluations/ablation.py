@@ -108,7 +108,7 @@ def main(argv=None):
     lines, device = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)], choose_device(args.gpus)
     for name, folders in runs.items():
         lines.append(f"| {' | '.join(measure(name, folders, data, device))} |")
-        print(lines[-1], flush=True)
+        print(lines[-1])
     sets = [f"{name}: {len(pairs)} pictures, protocol `{protocol}`" for name, (pairs, protocol) in data.items()]
     lines += ["", f"{'; '.join(sets)}. Mean over the runs ± standard deviation.", ""]
     print("\n".join(lines))

@@ -69,7 +69,7 @@ def main(argv=None):
         with get_context("spawn").Pool(1) as pool:  # a new process, as peak memory never falls
             seconds, memory, computer = pool.apply(measure, (options, args.gpus))
         numbers = f"{parameters / 1e6:.2f} | {multiply_adds / 1e9:.2f} | {seconds:.3f} | {memory:.0f}"
-        print(f"| {name} | {numbers} |", flush=True)
+        print(f"| {name} | {numbers} |")
     print(f"one {SIDE}×{SIDE} picture, float32, {computer}, PyTorch {torch.__version__}")
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from evaluations.evaluate import measure, of_expected
-from utils.derain import Derainer, is_current, remember_settings, remembered_settings, results_settings
+from utils.derain import SETTINGS, Derainer, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device
 from utils.files import UserError, disk_failed, listed, reports_errors, sentence, software, write_csv, write_text
 from utils.pairs import DATASETS, how_to_get
@@ -100,7 +100,7 @@ def derain_test_set(model, dataset, device, args):
     Returns a list of sentences on pictures that failed. Raises UserError if none could be derained.
     """
     source, results = args.data_dir / dataset / "test" / "input", args.results_dir / model / dataset
-    if holds_pictures(results) and not remembered_settings(results):
+    if holds_pictures(results) and not Path(results, SETTINGS).exists():
         print(f"{results} has no settings.json: its pictures are measured as they are. Remove them to make new ones.")
         return []
     if not holds_pictures(source):
@@ -111,7 +111,7 @@ def derain_test_set(model, dataset, device, args):
     remember_settings(results, settings)
     paths, root = find_pictures(source)
     outputs = {path: (results / path.relative_to(root)).with_suffix(".png") for path in paths}
-    outputs = {path: output for path, output in outputs.items() if not is_current(output, settings, results)}
+    outputs = {path: output for path, output in outputs.items() if not is_current(output, path, settings, results)}
     derained = derainer.files(outputs, lambda path, _, result: write_picture(outputs[path], result))
     problems = []
     for _, error in tqdm(derained, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):

@@ -16,10 +16,10 @@ from utils.pairs import find_pairs
 @pytest.fixture
 def runs(pairs_folder, tmp_path):
     """Runs of two ablations, trained for two epochs with a narrow network, one of them with two seeds."""
-    for name, seed in (("published", 1), ("published", 2), ("inr_none", 1)):
-        folders = ["--train_dir", str(pairs_folder), "--val_dir", str(pairs_folder), "--model_save_dir", str(tmp_path)]
-        size = ["--dim", "8", "--num_blocks", "1", "1", "1", "--patch_size", "32", "--num_epochs", "2", "--lr", "1e-3"]
-        train.main(["--ablation", name, "--seed", str(seed), "--num_workers", "0", "--gpus", "cpu", *folders, *size])
+    folders = ["--train_dir", str(pairs_folder), "--val_dir", str(pairs_folder), "--model_save_dir", str(tmp_path)]
+    size = ["--dim", "8", "--num_blocks", "1", "1", "1", "--patch_size", "32", "--num_epochs", "2", "--lr", "1e-3"]
+    for name, seed in (("published", "1"), ("published", "2"), ("inr_none", "1")):
+        train.main(["--ablation", name, "--seed", seed, "--num_workers", "0", "--gpus", "cpu", *folders, *size])
     return tmp_path / "Deraininig" / "models" / "ablation"
 
 
@@ -31,11 +31,10 @@ def test_the_table_and_the_curves_of_trained_ablations(runs, tmp_path, capsys):
     assert table in capsys.readouterr().out and "data: 2 pictures, protocol `rain200`" in table
     header, _, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[:4])
     rows = {row[0]: dict(zip(header, row)) for row in rows}
-    means = []
+    pictures, means = [pair.read() for pair in find_pairs(data)], []
     for seed in "12":
         net = load_network(runs / "published" / seed / "model_latest.pth")
         derain = Derainer(net, mode="window")
-        pictures = [pair.read() for pair in find_pairs(data)]
         means.append(statistics.mean(psnr_ssim(derain(rainy), clean, "rain200")[0] for rainy, clean in pictures))
     mean, deviation = map(float, rows["published"]["data PSNR"].split(" ± "))
     assert mean == pytest.approx(statistics.mean(means), abs=0.006)

@@ -8,10 +8,9 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import adjust_saturation
 
-from dataset_RGB import MOVES, EpochSampler, Photo, TrainingPatches, ValidationPatches, to_tensor
-from tests.conftest import make_pairs
+from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, to_tensor
 from utils.pairs import find_pairs
-from utils.pictures import read_image, write_png
+from utils.pictures import write_png
 
 
 def grid_picture(size=64):
@@ -44,42 +43,33 @@ def test_rainy_and_clean_patches_show_the_same_place(grid_pairs):
 
 def test_samples_repeat_and_differ_between_epochs(grid_pairs):
     one, other = TrainingPatches(grid_pairs, 32, seed=3), TrainingPatches(grid_pairs, 32, seed=4)
-    assert torch.equal(one[5]["input"], one[5]["input"])
-    assert not torch.equal(one[1]["input"], one[5]["input"])  # picture 1 in epochs 0 and 1
-    assert one[1]["name"] == one[5]["name"]
-    assert not torch.equal(one[5]["input"], other[5]["input"])
-
-
-def test_the_nine_moves():
-    image = grid_picture(8)
-    counts = Counter(np.ascontiguousarray(move(image)).tobytes() for move in MOVES)
-    assert len(MOVES) == 9 and counts[image.tobytes()] == 2 and len(counts) == 8
-    assert np.array_equal(MOVES[1](image), image[::-1]) and np.array_equal(MOVES[2](image), image[:, ::-1])
-    assert np.array_equal(MOVES[3](image)[-1, 0], image[0, 0])  # counter-clockwise
-    assert np.array_equal(MOVES[6](image), MOVES[3](MOVES[1](image)))
-    assert np.array_equal(MOVES[7](image), MOVES[3](MOVES[2](image)))
+    first, second = one[1], one[5]  # picture 1 in epochs 0 and 1
+    assert first["name"] == second["name"] and not torch.equal(first["input"], second["input"])
+    assert torch.equal(second["input"], one[5]["input"])
+    assert not torch.equal(second["input"], other[5]["input"])
 
 
 def test_moves_and_saturation_are_drawn_as_published(tmp_path):
-    picture = np.zeros((16, 16, 3), np.uint8)
-    picture[:8, :8] = (200, 100, 50)  # after a move the coloured quarter tells which
+    """Nine moves, each in one of nine samples, of which two do nothing, and another saturation in one of three."""
+    picture, saturated, moved = np.zeros((16, 16, 3), np.uint8), 0, Counter()
+    picture[:4, :8] = (200, 100, 50)  # after a move the coloured part tells which
     for folder in ("input", "target"):
         write_png(tmp_path / folder / "a.png", picture)
     patches = TrainingPatches(find_pairs(tmp_path), 16, seed=0)
     colour = torch.tensor([200, 100, 50], dtype=torch.uint8)
     weakest, strongest = (adjust_saturation(colour[:, None, None], factor).flatten() for factor in (0.8, 1.2))
-    corners, saturated = Counter(), 0
     for index in range(900):
-        patch = patches[index]["input"]
-        corner = next(c for c in ((0, 0), (0, 15), (15, 0), (15, 15)) if patch[:, c[0], c[1]].sum() > 0)
-        corners[corner] += 1
-        seen = patch[:, corner[0], corner[1]]
-        saturated += not torch.equal(seen, colour)
+        patch = patches[index]["input"].numpy().transpose(1, 2, 0)
+        seen = patch[patch.any(axis=2)][0]
+        saturated += tuple(seen) != (200, 100, 50)
         assert weakest[0] <= seen[0] <= strongest[0] and strongest[2] <= seen[2] <= weakest[2]
-    assert 240 <= saturated <= 360  # a third
-    # The corner stays by 2 idle moves and by horizontal flip + 90°; 2 of the 9 moves take it to each other corner.
-    for corner, moves in (((0, 0), 3), ((15, 0), 2), ((0, 15), 2), ((15, 15), 2)):
-        assert abs(corners[corner] - 100 * moves) < 60, corners
+        moved[patch.any(axis=2).tobytes()] += 1
+    assert 240 <= saturated <= 360
+    shape = picture.any(axis=2)
+    flipped = [shape[::-1], shape[:, ::-1]]
+    moves = [shape, *flipped, *(np.rot90(shape, k) for k in (1, 2, 3)), *map(np.rot90, flipped)]  # counter-clockwise
+    shares = [moved[move.tobytes()] / 100 for move in moves]
+    assert moved.total() == 100 * sum(shares) and shares == pytest.approx([2, *[1] * 7], abs=0.45)
 
 
 def test_photographs_get_another_rain_in_every_epoch(tmp_path):
@@ -91,32 +81,22 @@ def test_photographs_get_another_rain_in_every_epoch(tmp_path):
     assert torch.equal(first["target"], torch.full((3, 32, 32), 90, dtype=torch.uint8))
 
 
-def test_small_pictures_are_padded_to_the_patch(tmp_path):
-    pairs = find_pairs(make_pairs(tmp_path, count=1, size=(1, 7)))
-    for dataset in (TrainingPatches(pairs, 32, seed=0), ValidationPatches(pairs, 32)):
-        assert dataset[0]["input"].shape == (3, 32, 32)
-
-
-def test_validation_shows_the_centre(grid_pairs):
-    item = ValidationPatches(grid_pairs, 32)[2]
-    assert torch.equal(item["target"], to_tensor(read_image(grid_pairs[2].target)[16:48, 16:48]))
+def test_validation_shows_the_centre_and_small_pictures_are_padded(grid_pairs):
+    assert torch.equal(ValidationPatches(grid_pairs, 32)[2]["target"], to_tensor(grid_picture()[16:48, 16:48]))
+    for patches in (TrainingPatches(grid_pairs, 96, seed=0), ValidationPatches(grid_pairs, 96)):
+        assert patches[0]["input"].shape == patches[0]["target"].shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_do_not_depend_on_workers_or_on_an_interruption(grid_pairs, workers):
     patches = TrainingPatches(grid_pairs, 32, seed=3)
     sampler = EpochSampler(len(patches), 1, seed=3)
-    expected = {}
-    for epoch in range(2):
-        sampler.epoch = epoch
-        expected[epoch] = [patches[index] for (index,) in sampler]
-    assert [item["name"] for item in expected[0]] != [item["name"] for item in expected[1]]
     loader = DataLoader(patches, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
-    list(loader)
+    assert len(list(loader)) == 4
+    sampler.epoch = 1
+    expected = [patches[index] for (index,) in sampler]
     sampler.skip = 1  # as if one batch of the epoch had been used before the interruption
-    items = list(loader)
-    assert len(items) == 3
-    for item, original in zip(items, expected[1][1:]):
+    for item, original in zip(loader, expected[1:], strict=True):
         assert item["name"] == [original["name"]] and torch.equal(item["input"][0], original["input"])
 
 

@@ -1,6 +1,8 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,32 +14,14 @@ from PIL import Image
 from ablations import build
 from tests.golden import ARRAYS, golden_input, golden_network
 from utils.checkpoint import load_network, save_checkpoint
-from utils.derain import (
-    MODES,
-    Derainer,
-    derain,
-    is_current,
-    remember_settings,
-    results_settings,
-    tile_spans,
-    to_image,
-    window_spans,
-)
+from utils.derain import MODES, Derainer, derain, is_current, remember_settings, results_settings
 from utils.files import UserError
-from utils.pictures import read_image, read_picture, write_png
-
-NARROW = {"dim": 8, "num_blocks": (1, 1, 1)}
+from utils.pictures import read_image, write_png
 
 
 @pytest.fixture(scope="module")
-def reference_net():
-    return golden_network("nerd_rain_s")
-
-
-@pytest.fixture(scope="module")
-def narrow_net():
-    torch.manual_seed(0)
-    return build(**NARROW)
+def narrow_net(narrow_weights):
+    return load_network(narrow_weights)
 
 
 def random_picture(height, width, seed=0, dtype=np.uint8):
@@ -49,29 +33,14 @@ def levels(a, b):
     return np.abs(a.astype(int) - b).max()
 
 
-@pytest.mark.parametrize("key", [key for key in ARRAYS if key.startswith("window64/")])
-def test_windows_give_the_published_pictures(reference_net, key):
-    size = key.partition("/")[2]
-    height, width = map(int, size.split("x"))
-    picture = golden_input(f"window{size}", 1, 3, height, width)[0]
-    result = Derainer(reference_net, "window", 64)(picture.permute(1, 2, 0).numpy())
-    assert result.dtype == np.float32
-    difference = np.abs(to_image(torch.from_numpy(result).permute(2, 0, 1)).astype(int) - ARRAYS[key])
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-4
-
-
-@given(window=st.sampled_from([16, 48, 256]), beyond=st.integers(0, 700))
-def test_windows_cover_every_pixel_once_and_tiles_sum_to_one(window, beyond):
-    side, overlap = window + beyond, window // 8
-    windows, tiles = window_spans(side, window), tile_spans(side, window, overlap)
-    for spans in (windows, tiles):
-        total = np.zeros(side)
-        for start, weights in spans:
-            assert weights.min() >= 0 and weights.max() > 0
-            total[start : start + window] += weights
-        assert total == pytest.approx(1, abs=1e-6)
-    assert all(np.isin(weights, (0, 1)).all() for _, weights in windows)
-    assert np.diff([start for start, _ in tiles]).max(initial=0) <= window - overlap
+def test_windows_give_the_published_pictures():
+    derainer = Derainer(golden_network("nerd_rain_s"), "window", 64)
+    for size in [key.partition("/")[2] for key in ARRAYS if key.startswith("window64/")]:
+        picture = golden_input(f"window{size}", 1, 3, *map(int, size.split("x")))[0]
+        result = derainer(picture.permute(1, 2, 0).numpy())
+        difference = np.abs(np.round(result * 255) - ARRAYS[f"window64/{size}"])
+        # Rounding changes values by 3e-5 levels on average: so many may fall on the other side of a half.
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 @settings(max_examples=60)
@@ -111,25 +80,22 @@ def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
 
 
 def test_tiles_leave_no_seam_where_windows_do(narrow_net):
-    """Steps between neighbouring columns, at the borders of windows against elsewhere, for a network whose results
-    depend on all of a window, as channel attention's do."""
-    image = np.random.default_rng(0).random((64, 200, 3), dtype=np.float32) * 0.1 + np.linspace(0, 0.6, 200)[:, None]
+    """With a network whose results depend on all of a window, as channel attention's do."""
+    ramp = np.linspace(0, 0.6, 200, dtype=np.float32)
+    image = np.broadcast_to(ramp[:, None], (64, 200, 3))
 
-    def excess(mode, borders):
+    def largest_step(mode):
+        """Between neighbouring columns, in steps of the ramp."""
         derainer = Derainer(narrow_net, mode, window=64)
         derainer.forward = lambda x: x + 0.3 * x.mean(dim=(1, 2, 3), keepdim=True)
-        steps = np.abs(np.diff(derainer(image.astype(np.float32)), axis=1)).mean(axis=(0, 2))
-        return steps[borders].mean() / np.delete(steps, borders).mean()
+        return np.abs(np.diff(derainer(image), axis=1)).max() / ramp[1]
 
-    faded = [column for start, _ in tile_spans(200, 64, 8)[1:] for column in range(start, start + 8)]
-    assert excess("tile", faded) < 1.1
-    assert excess("window", [63, 127, 191]) > 1.5
+    assert largest_step("window") > 15 and largest_step("tile") < 3
 
 
 @pytest.mark.parametrize("mode", ["window", "tile"])
 def test_windows_of_several_pictures_share_a_batch(narrow_net, mode):
-    sizes = ((40, 40), (64, 33), (32, 32), (16, 90), (70, 32))
-    images = [random_picture(*size, seed) for seed, size in enumerate(sizes)]
+    images = [random_picture(*size) for size in ((40, 40), (64, 33), (32, 32), (16, 90), (70, 32))]
     derainer = Derainer(narrow_net, mode, window=32)
     expected = [derainer(image) for image in images]
     forward, shapes, shares = derainer.forward, [], []
@@ -142,67 +108,44 @@ def test_windows_of_several_pictures_share_a_batch(narrow_net, mode):
     assert sum(shares) == pytest.approx(len(images)) and min(shares) > 0
 
 
-def test_memory_holds_one_row_of_windows(narrow_net):
-    derainer, heights = Derainer(narrow_net, "tile", 32), []
-    derainer.forward = lambda x: x
-    image = random_picture(400, 48)
-    for batch in derainer.batches([(None, image)]):
-        for canvas, window in batch:
-            canvas.add(window)
-            heights.append(canvas.sums.shape[1])
-    assert max(heights) == 32 and len(heights) == canvas.count and np.array_equal(canvas.result, image)
-
-
-class DeviceTensor(torch.Tensor):
-    """A tensor of a fake device, which copies to the CPU when its queue is worked off."""
-
-    def to(self, device, non_blocking):
-        assert device == "cpu" and non_blocking
-        host, source = torch.full(self.shape, torch.nan), self.as_subclass(torch.Tensor)
-        FakeStream.queue.append(lambda: host.copy_(source))
-        return host
-
-
-class FakeStream:
-    """Does what is queued only once somebody waits for an event behind it."""
-
-    queue, done = [], 0
-
-    def record_event(self):
-        self.position = len(self.queue)
-        return self
-
-    def synchronize(self):
-        while FakeStream.done < self.position:
-            self.queue[FakeStream.done]()
-            FakeStream.done += 1
-
-
 def test_results_are_copied_before_the_next_batch_replaces_them(narrow_net, monkeypatch):
-    """On a fake device that reuses one memory for the results of all batches, as CUDA graphs do."""
-    FakeStream.queue, FakeStream.done = [], 0
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    image, static, running = random_picture(32, 32 * 5), torch.zeros(1, 3, 32, 32), []
-    derainer = Derainer(narrow_net, "window", 32)
-    derainer.gpu = True
+    """On a fake device that does what is queued only once somebody waits for it, and that reuses one memory for the
+    results of all batches, as CUDA graphs do."""
+    queue, done, static, running = [], [], torch.zeros(1, 3, 32, 32), []
+
+    class DeviceTensor(torch.Tensor):
+        def to(self, device, non_blocking):
+            host = torch.full(self.shape, torch.nan)
+            queue.append(lambda: host.copy_(static))
+            return host
+
+    def record_event():
+        position = len(queue)
+
+        def synchronize():
+            while len(done) < position:
+                done.append(queue[len(done)]())
+
+        return SimpleNamespace(synchronize=synchronize)
 
     def forward(x):
         x = x.clone()
-        FakeStream.queue.append(lambda: static.copy_(1 - x))
+        queue.append(lambda: static.copy_(1 - x))
         return static.as_subclass(DeviceTensor)
 
-    derainer.forward = forward
-    ((_, result),) = derainer.pictures([(None, image)], lambda _: running.append(len(FakeStream.queue)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    image, derainer = random_picture(32, 32 * 5), Derainer(narrow_net, "window", 32)
+    derainer.gpu, derainer.forward = True, forward
+    ((_, result),) = derainer.pictures([(None, image)], lambda _: running.append(len(queue)))
     assert np.array_equal(result, 255 - image)
     assert running == [4, 6, 8, 10, 10]  # when a batch is collected, the next one's two steps are queued
 
 
 def test_float32_on_a_gpu_is_not_tf32(narrow_net):
-    seen, before, derainer = [], torch.backends.cudnn.allow_tf32, Derainer(narrow_net, window=32)
-    derainer.forward = lambda x: [seen.append(torch.backends.cudnn.allow_tf32), x][1]
-    derainer(random_picture(32, 32))
-    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
+    derainer = Derainer(narrow_net, window=32)
+    derainer.forward = lambda x: x * (not torch.backends.cudnn.allow_tf32)
+    assert derainer(random_picture(32, 32)).any()
 
 
 def test_the_ensemble_turns_with_the_picture(narrow_net):
@@ -214,62 +157,45 @@ def test_the_ensemble_turns_with_the_picture(narrow_net):
     assert np.abs(np.rot90(plain(turned)[:, ::-1], -1) - plain(image)).max() > 1e-3
 
 
-def count_casts(derainer, image):
-    """-> how many tensors are cast on the way, and the result."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        result = derainer(image)
-    return sum(event.name == "aten::_to_copy" for event in profile.events()), result
-
-
-def test_bfloat16_weights_are_cast_once_and_give_nearly_the_same_picture(reference_net):
+def test_bfloat16_weights_are_cast_once_and_give_nearly_the_same_picture(narrow_net):
     image = random_picture(48, 48)
-    exact, fast, autocast = (Derainer(reference_net, window=48, bf16=bf16) for bf16 in (False, True, True))
-    autocast.net = reference_net
-    casts, result = count_casts(fast, image)
-    usual_casts, usual = count_casts(autocast, image)
-    layers = [module for module in fast.net.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
-    assert usual_casts - casts >= len(layers) - 2  # all but the INRs' first
-    assert all(parameter.dtype == torch.float32 for parameter in reference_net.parameters())
-    norms = [tensor for name, tensor in fast.net.named_parameters() if ".norm" in name or "temperature" in name]
-    assert norms and all(tensor.dtype == torch.float32 for tensor in norms)
-    assert levels(result, usual) <= 2
-    assert 10 * np.log10(255**2 / max(np.mean((result.astype(float) - usual) ** 2), 1e-9)) > 55
-    assert 0 < np.abs(exact(image).astype(int) - result).mean() < 2
+    exact, fast, autocast = (Derainer(narrow_net, window=48, bf16=bf16) for bf16 in (False, True, True))
+    autocast.net = narrow_net  # whose weights are cast in every pass
+    assert all(parameter.dtype == torch.float32 for parameter in narrow_net.parameters())
+    for name, parameter in fast.net.named_parameters():  # layer norms, temperatures and the INRs' first layers stay
+        stays = any(part in name for part in ("norm", "temperature", "imnet.layers.0"))
+        assert parameter.dtype == (torch.float32 if stays else torch.bfloat16), name
+    assert levels(fast(image), autocast(image)) <= 1
+    assert 0 < np.abs(exact(image).astype(int) - fast(image)).mean() < 2
 
 
-def test_a_compiled_network_is_compiled_once_for_pictures_of_all_sizes(narrow_net, monkeypatch):
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net, mode, **options: compiler(net, backend="eager", **options))
-    torch._dynamo.reset()
-    images = [random_picture(*size, seed) for seed, size in enumerate([(40, 40), (20, 64), (64, 33), (100, 70)])]
-    derainer = Derainer(narrow_net, "tile", 32)
+def test_a_compiled_network_is_compiled_once_for_pictures_of_all_sizes(monkeypatch):
+    """With two scales of one pass: tracing the whole network takes long."""
+    compiler, graphs = torch.compile, []
+
+    def compile_without_compiler(net, mode, dynamic):
+        return compiler(net, dynamic=dynamic, backend=lambda graph, _: [graphs.append(graph), graph][1])
+
+    monkeypatch.setattr(torch, "compile", compile_without_compiler)
+    images = [random_picture(*size) for size in ((40, 40), (20, 64), (64, 33), (100, 70))]
+    derainer = Derainer(build(8, (1, 1, 1), passes=(0, 1, 1), inr="first"), "tile", 32)
     expected = [derainer(image) for image in images]
     derainer.pixels = 3 * 32 * 32
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     derainer.compile()
-    assert derainer.compiled
     for (_, result), other in zip(derainer.pictures(enumerate(images)), expected):
         assert levels(result, other) <= 1
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
-    torch._dynamo.reset()
+    assert derainer.compiled and len(graphs) == 1
 
 
 @pytest.mark.parametrize("good_calls", [0, 1])  # a CUDA graph is recorded in the second call
 def test_a_network_that_cannot_be_compiled_runs_as_it_is(narrow_net, monkeypatch, caplog, good_calls):
     def compiled(net, **_):
-        calls = iter(range(good_calls))
-
-        def run(x):
-            if next(calls, None) is None:
-                raise RuntimeError("no C++ compiler\nmore")
-            return net(x)
-
-        return run
+        return Mock(side_effect=[net(torch.zeros(1, 3, 32, 32))] * good_calls + [RuntimeError("no compiler\nmore")])
 
     monkeypatch.setattr(torch, "compile", compiled)
     image = random_picture(64, 64)
     assert np.array_equal(Derainer(narrow_net, window=32, compile=True)(image), Derainer(narrow_net, window=32)(image))
-    assert "uncompiled, as torch.compile failed: no C++ compiler" in caplog.text and "more" not in caplog.text
+    assert "uncompiled, as torch.compile failed: no compiler" in caplog.text and "more" not in caplog.text
 
 
 def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
@@ -291,74 +217,73 @@ def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
         assert set(results) == set(paths) and sum(shares) == pytest.approx(7)
         assert "2.png cannot be read" in str(results[paths[2]]) and str(results[paths[4]]) == "full"
         assert all(np.array_equal(results[paths[i]], derainer(read_image(paths[i]))) for i in (0, 1, 3, 5, 6))
-    assert list(derainer.files([], finish)) == []
     with pytest.raises(ZeroDivisionError):  # an unexpected failure is not swallowed
         list(derainer.files(paths[:1], lambda *_: 1 / 0))
 
 
-@pytest.mark.parametrize(
-    "options", [{"window": 0}, {"window": 100}, {"mode": "tiles"}, {"mode": "whole", "compile": True}]
-)
-def test_options_that_do_not_fit_are_refused(narrow_net, options):
-    with pytest.raises(UserError, match="must be"):
-        Derainer(narrow_net, **options)
+def test_options_that_do_not_fit_are_refused(narrow_net):
+    for options in ({"window": 0}, {"window": 100}, {"mode": "tiles"}, {"mode": "whole", "compile": True}):
+        with pytest.raises(UserError, match="must be"):
+            Derainer(narrow_net, **options)
 
 
-def test_results_are_current_if_made_with_the_same_weights_and_settings(narrow_net, narrow_weights, tmp_path):
-    folder, result = tmp_path / "out", tmp_path / "out" / "sub" / "a.png"
+def test_results_are_current_if_made_of_the_same_file_with_the_same_weights_and_settings(
+    narrow_net, narrow_weights, tmp_path
+):
+    folder, source, result = tmp_path / "out", tmp_path / "a.png", tmp_path / "out" / "sub" / "a.png"
     result.parent.mkdir(parents=True)
+    source.touch()
     result.touch()
     made = results_settings(narrow_weights, Derainer(narrow_net))
-    assert not is_current(result, made, folder)  # nobody knows how it was made
+    assert not is_current(result, source, made, folder)  # nobody knows how it was made
     remember_settings(folder, made)
-    since = (folder / "settings.json").stat().st_mtime_ns
-    for age, expected in ((-1, False), (0, True), (1, True)):
-        os.utime(result, ns=(since + age * 10**9, since + age * 10**9))
-        assert is_current(result, made, folder) == expected
-    assert not is_current(result.with_name("b.png"), made, folder)
+    os.utime(folder / "settings.json", (1000, 1000))
+    os.utime(source, (900, 900))
     remember_settings(folder, dict(made))  # is no change
-    assert (folder / "settings.json").stat().st_mtime_ns == since
+    for changed, expected in ((999, False), (1000, True), (1001, True)):
+        os.utime(result, (changed, changed))
+        assert is_current(result, source, made, folder) == expected
+    assert not is_current(result.with_name("b.png"), source, made, folder)
     other_weights = tmp_path / "a.pth"
     other_weights.write_bytes(narrow_weights.read_bytes() + b"\0")
-    options = {"mode": "window"}, {"window": 128}, {"bf16": True}, {"ensemble": True}
-    others = [results_settings(narrow_weights, Derainer(narrow_net, **option)) for option in options]
-    for other in [*others, results_settings(other_weights, Derainer(narrow_net))]:
-        assert not is_current(result, other, folder)
+    assert not is_current(result, source, results_settings(other_weights, Derainer(narrow_net)), folder)
+    for options in ({"mode": "window"}, {"window": 128}, {"bf16": True}, {"ensemble": True}):
+        settings = results_settings(narrow_weights, Derainer(narrow_net, **options))
+        assert not is_current(result, source, settings, folder)
+    os.utime(source, (1002, 1002))
+    assert not is_current(result, source, made, folder)
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"editor.fontSize": 12}'])
-def test_a_settings_file_of_another_program_is_not_replaced(tmp_path, content):
-    (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(UserError, match=r"settings\.json .* choose another folder"):
-        remember_settings(tmp_path, {"weights": "0"})
-    assert (tmp_path / "settings.json").read_text() == content
+def test_a_settings_file_of_another_program_is_not_replaced(tmp_path):
+    for content in ("", "[1]", '{"editor.fontSize": 12}'):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(UserError, match=r"settings\.json .* choose another folder"):
+            remember_settings(tmp_path, {"weights": "0"})
+        assert (tmp_path / "settings.json").read_text() == content
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 1), (40, 50, 2), (40, 50, 3), (40, 50, 4)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
-def test_arrays_of_all_kinds_come_back_as_they_went_in(narrow_weights, shape, dtype):
+def test_arrays_of_all_kinds_come_back_as_they_went_in(narrow_weights, narrow_net, shape, dtype):
     values = np.random.default_rng(0).random(shape)
     image = values.astype(dtype) if np.issubdtype(dtype, np.floating) else (values * np.iinfo(dtype).max).astype(dtype)
     result = derain(image, narrow_weights, gpus="cpu")
     assert result.shape == shape and result.dtype == dtype and not np.array_equal(result, image)
-    channels = np.atleast_3d(image)
-    if channels.shape[2] in (2, 4):
-        np.testing.assert_array_equal(np.atleast_3d(result)[..., -1], channels[..., -1])
+    if shape[2:] in ((2,), (4,)):
+        assert np.array_equal(result[..., -1], image[..., -1])
     if shape == (40, 50, 3):
-        np.testing.assert_array_equal(result, Derainer(load_network(narrow_weights))(image))
+        assert np.array_equal(result, Derainer(narrow_net)(image))
 
 
-KEPT_MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "P": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}
-
-
-@pytest.mark.parametrize("mode, kept", KEPT_MODES.items())
-def test_images_come_back_as_they_went_in(narrow_weights, mode, kept):
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "P", "RGBA", "CMYK"])
+def test_images_come_back_as_they_went_in(narrow_weights, mode):
     image = Image.fromarray(random_picture(40, 50)).convert(mode)
     image.info["icc_profile"] = b"profile"
     result = derain(image, narrow_weights, gpus="cpu")
-    assert result.mode == kept and ("icc_profile" in result.info) == (mode != "CMYK")
-    if mode == kept:
-        np.testing.assert_array_equal(np.asarray(result), derain(np.asarray(image), narrow_weights, gpus="cpu"))
+    assert result.mode == {"1": "L", "P": "RGB", "CMYK": "RGB"}.get(mode, mode)
+    assert ("icc_profile" in result.info) == (mode != "CMYK")
+    if mode == result.mode:
+        assert np.array_equal(result, derain(np.asarray(image), narrow_weights, gpus="cpu"))
 
 
 def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
@@ -367,30 +292,19 @@ def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
     write_png("a.png", pixels)
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), derain(pixels, narrow_weights, gpus="cpu"))
-    Image.fromarray(pixels).convert("RGBA").save("d.png")
-    assert derain(Path("d.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif")
-    assert read_picture("b.tif").alpha is not None
-    for image, options, message in (
-        ("d.png", {"output": "a.pdf"}, r"a\.pdf cannot be written"),
-        ("results/a.png", {}, r"results/a\.png: its result would overwrite it"),
-        ("c.png", {}, r"c\.png does not exist"),
-        ("a.png", {"weights": "c.pth"}, r"c\.pth does not exist"),
-        ("a.png", {"gpus": 99}, r"--gpus 99: PyTorch .* GPUs here"),
-    ):
-        with pytest.raises(UserError, match=message):
-            derain(image, **{"weights": narrow_weights, "gpus": "cpu", **options})
+    assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif") and Path("b.tif").exists()
+    with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
+        derain("results/a.png", narrow_weights, gpus="cpu")
+    with pytest.raises(UserError, match=r"c\.pth does not exist"):
+        derain("a.png", "c.pth", gpus="cpu")
 
 
-NO_PICTURES = [
-    *(np.zeros((4, 4, 5), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((4, 4), int), np.zeros((0, 4, 3)), [[0]]),
-    *(np.full((4, 4), 255.0), np.full((4, 4), np.nan), torch.zeros(4, 4, 3)),
-]
-
-
-@pytest.mark.parametrize("image", NO_PICTURES)
-def test_arrays_that_are_no_pictures_are_refused(narrow_weights, image):
-    with pytest.raises(ValueError, match="expected"):
-        derain(image, narrow_weights, gpus="cpu")
+def test_arrays_that_are_no_pictures_are_refused(narrow_weights):
+    wrong_shapes = np.zeros((4, 4, 5), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((0, 4, 3))
+    wrong_values = np.full((4, 4), 255.0), np.full((4, 4), np.nan), np.zeros((4, 4), int)
+    for image in (*wrong_shapes, *wrong_values, [[0]], torch.zeros(4, 4, 3)):
+        with pytest.raises(ValueError, match="expected"):
+            derain(image, narrow_weights, gpus="cpu")
 
 
 def test_another_checkpoint_of_the_same_name_is_noticed(narrow_weights, tmp_path):
@@ -398,5 +312,6 @@ def test_another_checkpoint_of_the_same_name_is_noticed(narrow_weights, tmp_path
     shutil.copy(narrow_weights, path)
     first = derain(image, path, gpus="cpu")
     torch.manual_seed(5)
-    save_checkpoint(path, state_dict=build(**NARROW).state_dict())
+    save_checkpoint(path, state_dict=build(dim=8, num_blocks=(1, 1, 1)).state_dict())
+    os.utime(path, (1000, 1000))  # some file systems count in seconds
     assert not np.array_equal(derain(image, path, gpus="cpu"), first)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from utils import devices
-from utils.devices import choose_device, cpu_warnings, reports_lost_processes, start_processes, sum_over_processes
+from utils.devices import choose_device, cpu_warnings
 from utils.files import UserError
 
 
@@ -27,16 +27,17 @@ def test_the_chosen_gpu_becomes_the_current_one(gpus, choice, number):
 
 def test_cpu_is_taken_on_request_and_without_a_gpu(gpus, monkeypatch):
     assert choose_device("cpu") == torch.device("cpu") and gpus == []
+    with pytest.raises(UserError, match=r"--gpus 2: PyTorch .* sees 2 GPUs here; omit --gpus"):
+        choose_device(2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as with a driver that is too old
     assert choose_device() == torch.device("cpu")
-    with pytest.raises(UserError, match=r"--gpus 0: PyTorch .* sees 0 GPUs here; omit --gpus"):
+    with pytest.raises(UserError, match="sees 0 GPUs here"):
         choose_device(0)
 
 
-@pytest.mark.parametrize("choice", ["all", "-1", "", "²", "cuda:0", "2"])
+@pytest.mark.parametrize("choice", ["all", "-1", "", "²", "cuda:0"])
 def test_what_is_no_gpu_is_refused(gpus, choice):
-    reason = "PyTorch .* sees 2 GPUs here" if choice == "2" else "give a GPU's number, such as 0, or cpu"
-    with pytest.raises(UserError, match=f"--gpus {choice}: {reason}"):
+    with pytest.raises(UserError, match=f"--gpus {choice}: give a GPU's number, such as 0, or cpu"):
         choose_device(choice)
 
 
@@ -89,24 +90,10 @@ def test_float32_is_strict_within_and_as_before_afterwards(allowed, monkeypatch)
     assert torch.backends.cudnn.allow_tf32 is allowed
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_one_process_works_alone_and_under_torchrun(torchrun, monkeypatch):
-    """Tests of train.py run several."""
-    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for name, value in variables.items() if torchrun else ():
-        monkeypatch.setenv(name, str(value))
-    device, rank, count = start_processes("cpu")
-    try:
-        assert (device.type, rank, count, dist.is_initialized()) == ("cpu", 0, 1, torchrun)
-        x = torch.tensor([1.0, 2.0])
-        assert sum_over_processes(x).tolist() == [1, 2] and (sum_over_processes(x) is x) == (not torchrun)
-        assert devices.largest_over_processes(-2, device) == -2 and devices.equal_over_processes(5, device)
-        for message in ("gloo: closed\nby peer", "a bug"):
-            reported = torchrun and "gloo" in message
-            expected = r"process .* is out of reach \(gloo: closed\); .* same command" if reported else message
-            with pytest.raises(UserError if reported else RuntimeError, match=expected), reports_lost_processes():
-                raise RuntimeError(message)
-    finally:
-        devices.end_processes()
-    assert not dist.is_initialized()
+def test_a_lost_process_is_reported_and_no_other_error(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    lost = r"another process .* is out of reach \(gloo: closed\); .* same command"
+    with pytest.raises(UserError, match=lost), devices.reports_lost_processes():
+        raise RuntimeError("gloo: closed\nby peer")
+    with pytest.raises(RuntimeError, match="a bug"), devices.reports_lost_processes():
+        raise RuntimeError("a bug")

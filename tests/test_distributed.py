@@ -9,12 +9,8 @@ from tests.test_train import ROOT, arguments, assert_equal_gradients, fails, lat
 from utils import devices
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PREPARED = """
-import os, signal, sys, time
-sys.path.insert(0, {root!r})
-import train
-"""
 LOSING = """
+import os, signal, time, train
 train_step = train.Trainer.train_step
 
 def losing(trainer, batch):
@@ -26,6 +22,7 @@ train.Trainer.train_step = losing
 train.main()
 """
 APART = """
+import os, sys, train
 train.main([*sys.argv[1:], "--model_save_dir", sys.argv[-1] + os.environ["RANK"]])
 """
 
@@ -38,7 +35,10 @@ def options(narrow_weights, tmp_path):
     return [*arguments(pairs, narrow_weights, tmp_path), "--batch_size", "3", "--num_epochs", "3", "--lr", "1e-12"]
 
 
-def run_script(options, script):
+def run_in_two_processes(folder, code, options):
+    """Writes Python code to a script and runs it -> exit code, output."""
+    script = folder / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
     run = start(options, (*TORCHRUN, str(script)))
     output, _ = run.communicate(timeout=600)
     return run.returncode, output
@@ -47,42 +47,33 @@ def run_script(options, script):
 def test_two_processes_train_as_one_on_batches_that_they_cannot_share_equally(options, tmp_path):
     """Also where --accumulate sums their gradients before they meet."""
     options += ["--num_epochs", "2", "--accumulate", "2"]
-    code, output = run_script([*options, "--session", "b"], "train.py")
+    code, output = run_in_two_processes(tmp_path, "import train; train.main()", [*options, "--session", "b"])
     assert code == 0 and "2 processes" in output, output
     train.main(options)
-    keys = ("charbonnier", "fft", "edge", "l1", "total", "val_psnr")
-    assert_equal_gradients(session(tmp_path), session(tmp_path, "b"), keys)
+    assert_equal_gradients(tmp_path, ("charbonnier", "fft", "edge", "l1", "total", "val_psnr"))
 
 
 def test_processes_that_are_ended_or_lost_resume(options, tmp_path):
     """SIGTERM to torchrun, then a killed process, then a single process instead of two."""
-    script = tmp_path / "losing.py"
-
-    def lose(epoch, action):
-        script.write_text((PREPARED + LOSING).format(root=str(ROOT), epoch=epoch, action=action))
-        code, output = run_script(options, script)
-        assert code == 1, output  # torchrun's own
-        return output
-
-    wait = "while not trainer.interruption.signal: time.sleep(0.01)"
-    assert "The same command resumes" in lose(0, f"os.kill(os.getppid(), signal.SIGTERM)\n        {wait}")
+    ended = "os.kill(os.getppid(), signal.SIGTERM)\n        while not trainer.interruption.signal: time.sleep(0.01)"
+    code, output = run_in_two_processes(tmp_path, LOSING.format(epoch=0, action=ended), options)
+    assert code == 1 and "The same command resumes" in output, output
     stopped = latest(session(tmp_path))
     assert (stopped["epoch"], stopped["pictures"]) == (0, 9)
-    output = lose(2, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert "resumes after epoch 0 and 3 of 3 steps" in output
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    code, output = run_in_two_processes(tmp_path, LOSING.format(epoch=2, action=killed), options)
+    assert code == 1 and "resumes after epoch 0 and 3 of 3 steps" in output, output
     assert "error: another process of this run has ended" in output
     assert latest(session(tmp_path))["epoch"] == 2
     train.main(options)
     train.main([*options, "--session", "b"])
-    assert_equal_gradients(session(tmp_path), session(tmp_path, "b"))
+    assert_equal_gradients(tmp_path)
 
 
 @pytest.mark.slow
 def test_machines_without_a_common_folder_are_stopped(options, tmp_path):
-    script = tmp_path / "apart.py"
-    script.write_text(PREPARED.format(root=str(ROOT)) + APART)
     train.main([*options, "--num_epochs", "1", "--model_save_dir", f"{tmp_path}/runs0"])
-    code, output = run_script([*options, "--model_save_dir", f"{tmp_path}/runs"], script)
+    code, output = run_in_two_processes(tmp_path, APART, [*options, "--model_save_dir", f"{tmp_path}/runs"])
     assert code == 1 and "found different checkpoints: all machines must share" in output
 
 

@@ -55,9 +55,7 @@ def test_exported_networks_give_the_same_pictures(exported, small_net):
         np.testing.assert_allclose(session.run(None, {"rainy": x.numpy()})[0], expected, rtol=0, atol=1e-5)
     difference = np.abs(half.run(None, {"rainy": x.numpy()})[0] - expected).max()
     assert 1e-6 < difference < export.LIMITS["float16"]
-    with pytest.raises(Exception, match="Got invalid dimensions"):
-        half.run(None, {"rainy": np.zeros((1, 3, 64, 64), np.float32)})
-    assert (exported / "half.onnx").stat().st_size < (exported / "any.onnx").stat().st_size
+    assert half.get_inputs()[0].shape == [1, 3, 48, 64]
     assert [output.name for output in session.get_outputs()] == ["derained"]
 
 
@@ -68,16 +66,18 @@ def test_the_whole_network_can_be_exported(narrow_weights, tmp_path, capsys):
 
 
 def test_the_example_derains_8_bit_pictures(exported, small_net, tmp_path):
+    def run(name):
+        command = ["docs/onnx_example.py", exported / "any.onnx", tmp_path / name, tmp_path / "derained.png"]
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     write_png(tmp_path / "rainy.png", picture)
+    assert run("rainy.png").returncode == 0
+    expected = Derainer(small_net, "whole")(picture)
+    assert np.abs(read_image(tmp_path / "derained.png").astype(int) - expected).max() <= 1
     write_picture(tmp_path / "deep.png", Picture(np.zeros((16, 16, 3), np.uint16), grey=True))
-    runs = []
-    for name in ("rainy.png", "deep.png"):
-        command = ["docs/onnx_example.py", exported / "any.onnx", tmp_path / name, tmp_path / "derained.png"]
-        runs.append(subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True))
-    result, expected = read_image(tmp_path / "derained.png").astype(int), Derainer(small_net, "whole")(picture)
-    assert result.shape == expected.shape and np.abs(result - expected).max() <= 1
-    assert [run.returncode for run in runs] == [0, 1] and "deep.png has more than 8 bits" in runs[1].stderr
+    refused = run("deep.png")
+    assert refused.returncode == 1 and "deep.png has more than 8 bits" in refused.stderr
 
 
 def test_an_export_that_differs_fails(exported, weights, tmp_path, monkeypatch):
@@ -95,12 +95,11 @@ def test_an_export_that_differs_fails(exported, weights, tmp_path, monkeypatch):
 def test_what_cannot_be_used_is_named_before_the_export(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "to_onnx", None)
     pictures = make_pairs(tmp_path / "pairs", count=2, size=(16, 16)) / "input"
-    options = ["--weights", weights, "--pictures", str(pictures), "--output"]
-    with pytest.raises(SystemExit, match="is a folder: give --output a file in it"):
-        export.main([*options, str(tmp_path)])
     (pictures / "1.png").write_bytes(b"broken")
-    with pytest.raises(SystemExit, match=r"1\.png cannot be read"):
-        export.main([*options, str(tmp_path / "a.onnx")])
+    options = ["--weights", weights, "--pictures", str(pictures), "--output"]
+    for output, message in ((tmp_path, "is a folder: give --output a file"), (tmp_path / "a.onnx", "1.png cannot be")):
+        with pytest.raises(SystemExit, match=message):
+            export.main([*options, str(output)])
     monkeypatch.setattr(export, "onnxruntime", None)
     with pytest.raises(SystemExit, match=r"onnxruntime: pip install -r requirements-extras\.txt"):
         export.main([*options, str(tmp_path / "a.onnx")])

@@ -13,8 +13,6 @@ import torch
 from utils import files
 from utils.files import UserError, atomic_path, atomic_write, disk_failed, lock, reports_errors, sentence, write_text
 
-ROOT = Path(__file__).parent.parent
-
 
 def fail(error):
     raise error
@@ -28,11 +26,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def python(code, *arguments):
-    """A Python process in the repository that is running the code, with pipes."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+def start_python(code, *arguments):
+    command, pipe = [sys.executable, "-c", code, *map(str, arguments)], subprocess.PIPE
+    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def test_a_file_appears_whole_in_new_folders_and_keeps_what_it_replaces(tmp_path):
@@ -45,13 +41,16 @@ def test_a_file_appears_whole_in_new_folders_and_keeps_what_it_replaces(tmp_path
     assert path.read_bytes() == b"three" and previous.read_bytes() == b"two"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug"), UserError("a.png is broken")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, UserError])
 def test_a_failed_block_leaves_the_old_file_alone(tmp_path, error):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(type(error)), atomic_write(tmp_path / "a", tmp_path / "previous") as file:
+    with pytest.raises(error), atomic_write(tmp_path / "a", tmp_path / "previous") as file:
         file.write(b"half")
         raise error
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+    with pytest.raises(UserError, match="cannot be written") as caught, atomic_write(tmp_path):
+        pass
+    assert not disk_failed(caught.value)  # a folder in the way concerns no other file
 
 
 class FullDisk(io.FileIO):
@@ -68,17 +67,11 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch
     path = tmp_path / "a"
     path.write_text("old")
     monkeypatch.setattr(module, name, fault, raising=False)
+    message = rf"{path} cannot be written \(No space left on device\): free some space"
     for write in (lambda file: file.write(b"x" * 2000), lambda file: torch.save(torch.zeros(10_000), file)):
-        message = rf"{path} cannot be written \(No space left on device\): free some space"
         with pytest.raises(UserError, match=message) as caught, atomic_write(path) as file:
             write(file)
         assert disk_failed(caught.value) and names(tmp_path) == ["a"] and path.read_text() == "old"
-
-
-def test_a_folder_in_the_way_concerns_no_other_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be written") as caught, atomic_write(tmp_path):
-        pass
-    assert not disk_failed(caught.value)
 
 
 def test_temporary_names_differ_and_fit_however_long_the_name(tmp_path, monkeypatch):
@@ -92,7 +85,8 @@ def test_temporary_names_differ_and_fit_however_long_the_name(tmp_path, monkeypa
     assert all(name.endswith(f".{'h' * 64}-{os.getpid()}.tmp") for name in temporary_names)
 
 
-WRITER = """
+def test_what_killed_writers_left_is_removed_but_not_what_living_ones_write(tmp_path):
+    code = """
 import sys
 from utils.files import atomic_write
 with atomic_write(sys.argv[1]) as file:
@@ -100,10 +94,7 @@ with atomic_write(sys.argv[1]) as file:
     print("writing", flush=True)
     sys.stdin.read()
 """
-
-
-def test_what_killed_writers_left_is_removed_but_not_what_living_ones_write(tmp_path):
-    killed, living = (python(WRITER, tmp_path / name) for name in ("a", "b"))
+    killed, living = (start_python(code, tmp_path / name) for name in ("a", "b"))
     for writer in (killed, living):
         assert writer.stdout.readline() == "writing\n"
     killed.kill()
@@ -121,12 +112,12 @@ def test_what_killed_writers_left_is_removed_but_not_what_living_ones_write(tmp_
 def test_a_lock_is_held_until_its_process_ends(tmp_path, monkeypatch):
     path = tmp_path / "new" / "lock"
     code = "import pathlib, sys, utils.files; file = utils.files.lock(pathlib.Path(sys.argv[1])); print(bool(file))"
-    holder = python(code + "; sys.stdout.flush(); sys.stdin.read()", path)
+    holder = start_python(code + "; sys.stdout.flush(); sys.stdin.read()", path)
     assert holder.stdout.readline() == "True\n" and lock(path) is None
     holder.kill()
     holder.communicate()
     file = lock(path)
-    assert file and python(code, path).communicate()[0] == "False\n"
+    assert file and start_python(code, path).communicate()[0] == "False\n"
     file.close()
     monkeypatch.setattr(files.fcntl, "lockf", lambda *arguments: fail(OSError(errno.ENOLCK, "No locks available")))
     assert lock(path)
@@ -156,10 +147,9 @@ def test_lines_of_json_are_read_without_those_cut_off(tmp_path):
         files.append_json(path / "log.jsonl", {})
 
 
-def test_numbers_and_lists_read_well():
+def test_sentences_read_well():
     assert [files.counted(n, "picture") for n in (0, 1, 12345)] == ["0 pictures", "1 picture", "12,345 pictures"]
-    assert files.listed([]) == "" and files.listed(["a", "b"], most=2) == "\n  a\n  b"
-    assert files.listed(list("abcd"), most=2) == "\n  a\n  b\n  … and 2 more"
+    assert files.listed(["a", "b"], 2) == "\n  a\n  b" and files.listed("abcd", 2) == "\n  a\n  b\n  … and 2 more"
     worker = UserError("Caught UserError in worker 0.\nTraceback …\nutils.files.UserError: a.png is broken.\n")
     assert sentence(worker) == sentence(UserError("a.png is broken.")) == "a.png is broken."
 
@@ -181,19 +171,16 @@ def test_errors_that_a_user_can_mend_are_sentences(function, message):
         reports_errors(function)()
 
 
-def test_other_errors_keep_their_traceback_and_results_are_passed_on():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         reports_errors(lambda: fail(RuntimeError("a bug")))()
-    assert reports_errors(max)(1, 2) == 2
 
 
-def test_output_may_end_early_and_hold_any_file_name():
-    process = python("from utils.files import reports_errors; reports_errors(lambda: print('line\\n' * 10**6))()")
+def test_output_may_end_early():
+    process = start_python("from utils.files import reports_errors; reports_errors(lambda: print('line\\n' * 10**6))()")
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 1
-    code = "import os; from utils.files import reports_errors; reports_errors(lambda: print(os.fsdecode(b'\\xff')))()"
-    assert python(code).communicate() == ("\\udcff\n", "")
+    assert "Error" not in process.stderr.read() and process.wait() == 1
 
 
 def test_software_is_what_runs(monkeypatch):

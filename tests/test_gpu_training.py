@@ -11,6 +11,9 @@ import train
 from tests.conftest import make_pairs
 from tests.test_train import arguments
 
+# In older releases, the fake CUDA tensors of a CUDA build ask for a driver, too.
+needs_fake_cuda = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="needs a newer PyTorch")
+
 
 class CountsReads(TorchDispatchMode):
     """Counts how often Python reads a number from a tensor, for which it waits for a GPU."""
@@ -38,12 +41,12 @@ def test_longer_training_reads_no_more_numbers(narrow_weights, tmp_path, monkeyp
     assert counts[0] == counts[1]
 
 
-def moved_to_fake_cuda(module):
-    """The same module with CUDA tensors that have no data; to be called under FakeTensorMode."""
+def moved_to_fake(module, device):
+    """The same module with tensors of a device that have no data; to be called under FakeTensorMode."""
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in [entry for entry in tensors.items() if entry[1] is not None]:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 tensors[name] = torch.nn.Parameter(fake, tensor.requires_grad) if name in part._parameters else fake
     return module
 
@@ -61,37 +64,49 @@ def leaves_of(loss):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("model", ablations.NETWORKS)
-def test_a_training_step_runs_on_cuda_tensors_without_waiting(pairs_folder, tmp_path, monkeypatch, model, bf16):
-    """A fake tensor refuses to be read and to meet tensors of another device. Autograd's engine asks for a driver if
-    PyTorch was built for CUDA: in its place, all parameters that the loss's graph reaches get a gradient."""
-    options = arguments(pairs_folder, None, tmp_path)
-    options += ["--model", model, "--num_blocks", "1", "1", "1", "--ema", "0.9", "--clip_grad", "1"]
+@pytest.mark.parametrize(
+    "device, network",
+    [
+        ("cpu", "NeRD-Rain"),
+        *(pytest.param("cuda", name, marks=needs_fake_cuda) for name in ablations.NETWORKS),
+        pytest.param("cuda", "inr_coordinate_random", marks=needs_fake_cuda),
+    ],
+)
+def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monkeypatch, device, network, bf16):
+    """A fake tensor cannot be read, nor copied or joined with one of another device. In PyTorch built for CUDA,
+    autograd's engine asks for a driver as soon as it meets a CUDA tensor: there the backward pass is left out, and all
+    parameters that the loss's graph reaches get a gradient instead."""
+    options = [*arguments(pairs_folder, None, tmp_path), "--num_blocks", "1", "1", "1", "--ema", "0.9"]
+    options += ["--clip_grad", "1", "--model" if network in ablations.NETWORKS else "--ablation", network]
     trainer = train.Trainer(train.parse_args([*options, *["--bf16"] * bf16]))
-    batch = next(iter(trainer.train_loader))
-    dtypes = []
+    batch, trained = next(iter(trainer.train_loader)), set()
+    backward, dtypes = torch.Tensor.backward, []
 
-    def backward(loss):
-        trained = {parameter for parameter in trainer.net.parameters() if parameter.requires_grad}
-        assert loss.device.type == "cuda" and loss.dtype == torch.float32 and leaves_of(loss) == trained
+    def checked_backward(loss):
+        trained.update(parameter for parameter in trainer.net.parameters() if parameter.requires_grad)
+        assert loss.device.type == device and loss.dtype == torch.float32 and leaves_of(loss) == trained
+        if device == "cpu":
+            backward(loss)
         for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if device == "cuda" else parameter.grad
 
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "backward", checked_backward)
     monkeypatch.setattr(torch.Tensor, "cpu", None)
+    monkeypatch.setattr(torch, "tensor", None)  # copies numbers to its device, for which the host waits
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast is off
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with FakeTensorMode() as mode:
-        trainer.device = torch.device("cuda")
+        trainer.device = torch.device(device)
         for name in ("net", "ema", "loss"):
-            moved_to_fake_cuda(getattr(trainer, name))
+            moved_to_fake(getattr(trainer, name), device)
         trainer.optimizer = torch.optim.Adam(trainer.net.parameters(), fused=True)
-        trainer.sums = torch.zeros(5, dtype=torch.float64, device="cuda")
+        trainer.sums = torch.zeros(5, dtype=torch.float64, device=device)
         trainer.net.output_max.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
         batch = {name: mode.from_tensor(value) if torch.is_tensor(value) else value for name, value in batch.items()}
         assert trainer.train_step(batch)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
-    assert trainer.unseen[0][2].device.type == trainer.sums.device.type == "cuda"
+    assert len(trainer.optimizer.state) == len(trained) > 50
+    assert trainer.unseen[0][2].device.type == trainer.sums.device.type == device
 
 
 @pytest.mark.parametrize("model", ["NeRD-Rain", "NeRD-Rain-S"])

@@ -2,11 +2,10 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from utils import prepare
 from utils.pairs import find_pairs
-from utils.pictures import Picture, read_picture, to_channels, write_picture, write_png
+from utils.pictures import from_channels, read_picture, to_channels, write_picture, write_png
 
 # Original distributions: rainy file -> its clean one.
 DISTRIBUTIONS = {
@@ -27,49 +26,45 @@ DISTRIBUTIONS = {
 def make(root, files):
     """Writes every file as a picture of its own."""
     for number, name in enumerate(dict.fromkeys([*files, *files.values()])):
-        image = np.full((18, 20, 3), number, np.uint8)
-        image[:9] = 255 - number
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(root / name)
+        write_png(root / name, np.full((18, 20, 3), number, np.uint8))
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A folder of 28 pairs."""
-    make(tmp_path / "source", DISTRIBUTIONS["DDN-Data"])
-    return tmp_path / "source"
+def run(*arguments):
+    prepare.main([str(argument) for argument in arguments])
 
 
 def failure(*arguments):
     with pytest.raises(SystemExit) as caught:
-        prepare.main([str(argument) for argument in arguments])
+        run(*arguments)
     return str(caught.value.code)
 
 
-@pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_distributions_become_pairs_of_the_same_files(tmp_path, name, copy):
+def test_distributions_become_pairs_of_the_same_files(tmp_path, name):
     files = DISTRIBUTIONS[name]
     make(tmp_path / "source", files)
-    prepare.main([str(tmp_path / "source"), str(tmp_path / "set"), *(["--copy"] if copy else [])])
-    pairs = find_pairs(tmp_path / "set")
     expected = {tuple((tmp_path / "source" / name).read_bytes() for name in names) for names in files.items()}
-    assert {(pair.input.read_bytes(), pair.target.read_bytes()) for pair in pairs} == expected
-    assert len(pairs) == len(files) and len({pair.target for pair in pairs}) == len(set(files.values()))
-    assert all(pair.input.is_symlink() != copy for pair in pairs)
+    for options in ([], ["--copy"]):
+        run(tmp_path / "source", tmp_path / "set", *options)
+        pairs = find_pairs(tmp_path / "set")
+        assert {(pair.input.read_bytes(), pair.target.read_bytes()) for pair in pairs} == expected
+        assert len(pairs) == len(files) and len({pair.target for pair in pairs}) == len(set(files.values()))
+        assert all(pair.input.is_symlink() == (not options) for pair in pairs)
+        shutil.rmtree(tmp_path / "set")
 
 
 @pytest.mark.parametrize("clean_half", ["left", "right"])
-def test_halves_are_split_without_changing_a_pixel(tmp_path, clean_half):
+def test_halves_of_pictures_keep_grey_alpha_and_bits(tmp_path, clean_half):
     rng, source = np.random.default_rng(0), tmp_path / "source"
-    grey, alpha = rng.integers(0, 65535, (20, 48), dtype=np.uint16), rng.integers(0, 255, (20, 48, 4), dtype=np.uint8)
-    (source / "Rain_Light").mkdir(parents=True)
-    Image.fromarray(grey).save(source / "grey.png")
-    Image.fromarray(alpha).save(source / "alpha.png")
-    Image.fromarray(alpha[..., :3]).save(source / "Rain_Light" / "1.jpg")
-    prepare.main([str(source), str(tmp_path / "set"), "--clean_half", clean_half])
-    pairs = find_pairs(tmp_path / "set")
-    for pair, name in zip(pairs, ("Rain_Light/1.jpg", "alpha.png", "grey.png"), strict=True):
+    pictures = {
+        "Rain_Light/1.jpg": rng.integers(0, 255, (20, 48, 3), dtype=np.uint8),
+        "alpha.png": rng.integers(0, 255, (20, 48, 4), dtype=np.uint8),
+        "grey.png": rng.integers(0, 65535, (20, 48, 1), dtype=np.uint16),
+    }
+    for name, pixels in pictures.items():
+        write_picture(source / name, from_channels(pixels))
+    run(source, tmp_path / "set", "--clean_half", clean_half)
+    for pair, name in zip(find_pairs(tmp_path / "set"), pictures, strict=True):
         halves = [to_channels(read_picture(path)) for path in (pair[:2] if clean_half == "right" else pair[1::-1])]
         whole = to_channels(read_picture(source / name))
         assert np.array_equal(np.concatenate(halves, axis=1), whole) and halves[0].dtype == whole.dtype
@@ -84,9 +79,7 @@ def test_halves_that_cannot_be_split_are_named(tmp_path):
     assert "2 pictures left out" in message and "2.png is 41 pixels wide" in message and "3.png cannot" in message
     assert len(find_pairs(tmp_path / "set")) == 1
     first = (tmp_path / "set" / "target" / "1.png").read_bytes()
-    write_picture(source / "1.bmp", Picture(255 - image))
-    for name, half in (("1.png", "right"), ("1.bmp", "left")):
-        assert "already exists and is not a half" in failure(source / name, tmp_path / "set", "--clean_half", half)
+    assert "already exists and is not a half" in failure(source / "1.png", tmp_path / "set", "--clean_half", "right")
     assert (tmp_path / "set" / "target" / "1.png").read_bytes() == first
 
 
@@ -94,7 +87,7 @@ def test_a_list_of_pairs_is_followed(tmp_path):
     files = {"a/7.png": "b/x.png", "a/8.png": "b/x.png", "a/9.png": "b/y_gt.png"}
     make(tmp_path, files)
     (tmp_path / "list.txt").write_text("/a/7.png /b/x.png\na/8.png b/x.png\n\n./a/9.png ./b/y_gt.png\n")
-    prepare.main([str(tmp_path / "list.txt"), str(tmp_path / "set")])
+    run(tmp_path / "list.txt", tmp_path / "set")
     pairs = [[path.resolve() for path in pair[:2]] for pair in find_pairs(tmp_path / "set")]
     assert pairs == [[tmp_path / rainy, tmp_path / clean] for rainy, clean in files.items()]
     for content in (b"a/7.png b/none.png", b"a/7.png", b"PK\x03\x04\xff\xfe"):
@@ -102,32 +95,27 @@ def test_a_list_of_pairs_is_followed(tmp_path):
         assert "list.txt, line 1: " in failure(tmp_path / "list.txt", tmp_path / "other")
 
 
-def test_a_second_run_changes_nothing_even_within_the_source(tmp_path):
-    for name, options in (("Rain12", []), ("copies", ["--copy"]), ("Rain800", ["--clean_half", "left"])):
-        make(tmp_path / name, {"1_in.png": "1_gt.png"})
-        for _ in range(2):
-            prepare.main([str(tmp_path / name), str(tmp_path / name / "test"), *options])
-            assert len(find_pairs(tmp_path / name / "test")) == (2 if name == "Rain800" else 1)
+@pytest.mark.parametrize("options, count", [([], 1), (["--copy"], 1), (["--clean_half", "left"], 2)])
+def test_a_second_run_changes_nothing_even_within_the_source(tmp_path, options, count):
+    make(tmp_path, {"1_in.png": "1_gt.png"})
+    for _ in range(2):
+        run(tmp_path, tmp_path / "test", *options)
+        assert len(find_pairs(tmp_path / "test")) == count
 
 
-def test_what_is_there_is_never_replaced(source, tmp_path):
-    write_png(tmp_path / "set" / "input" / "901_1.jpg", np.zeros((16, 16, 3), np.uint8))
-    before = (tmp_path / "set" / "input" / "901_1.jpg").read_bytes()
-    for options in ([], ["--copy"]):
-        assert "already exists" in failure(source, tmp_path / "set", *options)
-    assert (tmp_path / "set" / "input" / "901_1.jpg").read_bytes() == before
-
-
-def test_left_over_and_unknown_pictures_are_named(source, tmp_path):
+def test_what_does_not_fit_is_named_and_what_is_there_is_never_replaced(tmp_path):
+    source, existing = tmp_path / "source", tmp_path / "set" / "input" / "901_1.jpg"
+    make(source, DISTRIBUTIONS["DDN-Data"])
     (source / "ground_truth" / "902.jpg").unlink()
     assert "14 pictures left out" in failure(source, tmp_path / "set")
     assert len(find_pairs(tmp_path / "set")) == 14
+    existing.unlink()
+    existing.write_bytes(b"as it was")
+    for options in ([], ["--copy"]):
+        assert "already exists" in failure(source, tmp_path / "set", *options)
+    assert existing.read_bytes() == b"as it was"
     shutil.rmtree(source / "ground_truth")
     assert "matches none of the layouts" in failure(source, tmp_path / "other")
+    make(tmp_path / "both", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})
+    assert "have the same name" in failure(tmp_path / "both", tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-def test_pictures_of_one_name_are_refused(tmp_path):
-    make(tmp_path / "source", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})
-    assert "have the same name" in failure(tmp_path / "source", tmp_path / "set")
-    assert not (tmp_path / "set").exists()

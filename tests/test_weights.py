@@ -32,20 +32,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers.get("Range")
         self.server.ranges.append(wanted)
-        if self.server.content is None:
+        content, start = self.server.content, int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if content is None:
             self.send_error(404)
             return
-        content = self.server.content
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         self.wfile.write(content[start : self.server.cut_at])
-        self.close_connection = True
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
@@ -53,17 +48,13 @@ def host(monkeypatch):
     """A download host. It sends `content` up to byte `cut_at` and remembers the ranges that were asked for."""
     pytest.importorskip("gdown", reason="downloads need the extra gdown")
     monkeypatch.setattr(weights, "RETRIES", 0)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.cut_at, server.ranges = None, None, []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/s.pth"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.cut_at, server.ranges = None, None, []
+        server.url = f"http://127.0.0.1:{server.server_address[1]}/s.pth"
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server
+        server.shutdown()
 
 
 def test_the_list_names_all_weights_and_where_they_are(capsys, mirror):
@@ -82,7 +73,7 @@ def test_an_interrupted_download_leaves_nothing_in_place_and_is_resumed(host, na
         fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
     (part,) = (tmp_path / "new").iterdir()
     received = part.stat().st_size
-    assert 0 < received <= 1_000_000 and part.suffix == ".part"
+    assert 0 < received <= 1_000_000
     host.cut_at = None
     fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
     assert host.ranges[-1] == f"bytes={received}-"
@@ -99,7 +90,7 @@ def test_only_the_right_network_takes_its_place(host, narrow_weights, tmp_path):
         "damaged": narrow_weights.read_bytes()[:1_000_000],
         "404": None,
     }
-    path = tmp_path / "released" / "s.pth"
+    path = tmp_path / "s" / "s.pth"
     path.parent.mkdir()
     path.write_bytes(b"as it was")
     for message, content in contents.items():
@@ -111,12 +102,7 @@ def test_only_the_right_network_takes_its_place(host, narrow_weights, tmp_path):
 
 def test_google_drive_is_asked_without_a_mirror(monkeypatch, narrow_weights, mirror):
     asked = []
-
-    def copy(url, path):
-        asked.append(url)
-        shutil.copy(narrow_weights, path)
-
-    monkeypatch.setattr(weights, "download", copy)
+    monkeypatch.setattr(weights, "download", lambda url, path: asked.append(url) or shutil.copy(narrow_weights, path))
     weights.load_released("NeRD-Rain-S", "SPA-Data")
     weights.load_released("NeRD-Rain-S", "SPA-Data", mirror="https://another")  # is here by now
     weights.load_released("NeRD-Rain-S", "Rain200L", mirror=mirror)
@@ -124,14 +110,12 @@ def test_google_drive_is_asked_without_a_mirror(monkeypatch, narrow_weights, mir
 
 
 def test_errors_name_the_pages_to_download_from_and_the_place(mirror, monkeypatch, tmp_path):
-    place = tmp_path / "released" / "NeRD-Rain-S" / "Rain200H.pth"
-    with pytest.raises(UserError) as caught:
+    place, page = tmp_path / "released" / "NeRD-Rain-S" / "Rain200H.pth", "1WXjrM50r7m8YjPKZOqmfNeJU57WEjZzc/view"
+    missing = rf"{mirror}/NeRD-Rain-S/Rain200H\.pth does not exist"
+    with pytest.raises(UserError, match=rf"(?s){missing}.*{page}.*\(code twg1\).*{place}$"):
         weights.load_released("NeRD-Rain-S", "Rain200H", mirror=mirror)
-    for text in (f"{mirror}/NeRD-Rain-S/Rain200H.pth does not exist", "1WXjrM50r7m8YjPKZOqmfNeJU57WEjZzc/view", "twg1"):
-        assert text in str(caught.value)
-    assert str(caught.value).endswith(str(place))
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(UserError, match="pip install 'gdown>=6'"):
+    with pytest.raises(UserError, match=r"pip install 'gdown>=6\.3'"):
         weights.load_released("NeRD-Rain-S", "Rain200H")
     shutil.copytree(f"{mirror}/NeRD-Rain-S", tmp_path / "released" / "NeRD-Rain", dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"NeRD-Rain/Rain200L\.pth holds NeRD-Rain-S, not NeRD-Rain"):

@@ -147,8 +147,8 @@ def load_network(path):
 @reports_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Exports the weights that test.py would use, in half precision.")
-    parser.add_argument("checkpoint")
-    parser.add_argument("output", type=Path)
+    parser.add_argument("checkpoint", help="a .pth file that train.py wrote")
+    parser.add_argument("output", type=Path, help="the .pth file to write")
     args = parser.parse_args(argv)
     if args.output.exists():
         raise UserError(f"{args.output} exists, perhaps with what a run needs to continue: choose another name.")

@@ -184,14 +184,16 @@ class Derainer:
             self.compiled = None
             logger.warning("note: the network runs uncompiled, as torch.compile failed: %s", str(error).split("\n")[0])
 
+    def is_full(self, windows):
+        return windows.shape[-2:] == (self.window, self.window)
+
     def forward(self, x):
-        full = x.shape[2:] == (self.window, self.window)
-        return (self.compiled(x) if self.compiled and full else self.net(x)[0]).float()
+        return (self.compiled(x) if self.compiled and self.is_full(x) else self.net(x)[0]).float()
 
     def compute(self, x):
         """Windows B×3×h×w on the device -> their results, float32."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.inference_mode(), strict_float32(), autocast:
+        with torch.inference_mode(), strict_float32(benchmark=self.is_full(x)), autocast:
             return eightfold(self.forward, x) if self.ensemble else self.forward(x)
 
     def batch_size(self, height, width):
@@ -222,7 +224,7 @@ class Derainer:
         The copy is queued right behind the batch: when a later one runs, which may reuse the memory of this one's
         results, they have been copied."""
         canvases, windows = map(list, zip(*batch))
-        if self.compiled and windows[0].shape[1:] == (self.window, self.window):
+        if self.compiled and self.is_full(windows[0]):
             windows += windows[-1:] * (self.batch_size(self.window, self.window) - len(windows))
         x = torch.stack(windows)
         if self.gpu:
@@ -297,11 +299,12 @@ def remember_settings(folder, settings):
         write_json(path, settings)
 
 
-def is_current(result, settings, folder):
-    """Whether a result was made with these settings, as `folder` remembers."""
+def is_current(result, source, settings, folder):
+    """Whether a result was made of this file, as it is now, with these settings, as `folder` remembers."""
     if not Path(result).is_file() or remembered_settings(folder) != settings:
         return False
-    return os.stat(result).st_mtime_ns >= os.stat(Path(folder, SETTINGS)).st_mtime_ns
+    newest = max(os.stat(path).st_mtime_ns for path in (source, Path(folder, SETTINGS)))
+    return os.stat(result).st_mtime_ns >= newest
 
 
 @functools.lru_cache(maxsize=1)

@@ -54,6 +54,11 @@ def cpu_warnings(gpus=None):
     return warnings
 
 
+def print_cpu_warnings(device, gpus):
+    for warning in cpu_warnings(gpus) if device.type == "cpu" else ():
+        print(warning)
+
+
 def add_gpus(parser):
     """Adds the option that choose_device takes."""
     parser.add_argument("--gpus", help="number of the GPU, or cpu (default: a GPU if there is one)")
@@ -89,15 +94,18 @@ def choose_device(gpus=None):
 
 
 @contextlib.contextmanager
-def strict_float32():
+def strict_float32(benchmark=False):
     """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits,
-    and pictures then differ from a CPU's by a level here and there."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # not conv.fp32_precision: with it, libraries that read this flag fail
+    and pictures then differ from a CPU's by a level here and there. `benchmark` lets cuDNN try its algorithms once for
+    each size of input: worth it for sizes that come again."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = False  # not conv.fp32_precision: with it, libraries that read this flag fail
+    cudnn.benchmark = benchmark
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def start_processes(gpus=None):

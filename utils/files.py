@@ -62,7 +62,8 @@ def reports_errors(main):
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
+            # For file names that are not UTF-8, and for those who watch a run through a file.
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("utils").setLevel(logging.INFO)
         # Silences library warnings about broken pictures: our sentences name those.

@@ -110,8 +110,14 @@ def find_pictures(source, results=()):
 
 
 def skipped(source, results=()):
-    """-> what find_pictures leaves out of a folder, such as "skipped: 1 clip, 2 files of unknown kind", or ""."""
-    files, links = walk(source) if os.path.isdir(source) else ([], [])
+    """-> what find_pictures leaves out of a folder or pattern, such as "skipped: 1 clip, 2 files of unknown kind", or
+    "". Clips that match a pattern are not left out: test.py derains them."""
+    files, links = [], []
+    if os.path.isdir(source):
+        files, links = walk(source)
+    elif not os.path.exists(source):
+        matching = map(Path, glob.glob(str(source), recursive=True))
+        files = [path for path in matching if path.is_file() and path.suffix.lower() not in CLIP_ENDINGS]
     others = [path for path in originals(files, source, results) if not is_picture(path)]
     clips = sum(path.suffix.lower() in CLIP_ENDINGS for path in others)
     unknown = len(others) - clips - sum(path.name.lower() in BYPRODUCTS for path in others)

@@ -173,7 +173,7 @@ def main(argv=None):
     parser.add_argument("output", type=Path, help="where input/ and target/ go")
     parser.add_argument("--versions", type=int, default=1, help="rainy versions of each photograph (default: 1)")
     parser.add_argument("--style", choices=STYLES, help="one kind of rain (default: all, by their shares)")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--seed", type=int, default=1234, help="of the rain (default: 1234)")
     args = parser.parse_args(argv)
     if args.versions < 1 or args.seed < 0:
         parser.error("--versions must be at least 1, and --seed at least 0")

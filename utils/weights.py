@@ -64,7 +64,7 @@ def load_released(network, dataset, folder=None, mirror=None):
         return fetch(source, path, network)
     except UserError as error:
         raise UserError(
-            f"{network} on {dataset} needs its weights. {sentence(error)} Download them from\n  {pages_of(fact)}\n"
+            f"the weights {network}/{dataset} are not here. {sentence(error)} Download them from\n  {pages_of(fact)}\n"
             f"and put them at {path}"
         ) from error
 
@@ -97,7 +97,7 @@ def download(url, path):
     try:
         import gdown
     except ImportError:
-        raise UserError("downloads need gdown: pip install 'gdown>=6'.") from None
+        raise UserError("downloads need gdown: pip install 'gdown>=6.3'.") from None
     received = path.with_name(f".{zlib.crc32(url.encode()):08x}.download")  # not to be resumed from another URL
     try:
         gdown.download(url, str(received), resume=True, retries=RETRIES, timeout=TIMEOUT, use_cookies=False)
