@@ -242,7 +242,7 @@ class Trainer:
         pairs, val_pairs = find_data(args)
         self.digest = digest(pairs, args.train_dir, args.clean_dir)
         val_folder = args.train_dir if args.hold_out else args.val_dir
-        self.val_digest = f"{digest(val_pairs, val_folder)}, patches of {args.patch_size}"
+        self.val_digest = f"{val_folder} {args.patch_size} {digest(val_pairs, val_folder)}"
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)

@@ -1,5 +1,6 @@
 """A run that is stopped, killed, or whose files are damaged, ends as if nothing had happened."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.conftest import make_pairs
 from tests.test_train import ROOT, arguments, assert_equal_runs, fails, latest, lines_of, session, start
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -95,6 +95,17 @@ def test_an_interruption_loses_no_step(options, tmp_path, monkeypatch, capsys, n
     assert_equal_runs(tmp_path, ("epoch", "lr", "fft", "total", "val_psnr"))
 
 
+def test_a_terminal_that_is_gone_before_its_signal_arrives_loses_nothing(options, tmp_path, monkeypatch):
+    def fail(trainer, *args):
+        if (trainer.epoch, trainer.step) == (1, 2):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(train.Trainer, "show_progress", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # of the test's own streams
+    assert fails(options) == 128 + signal.SIGHUP
+    assert latest(session(tmp_path))["pictures"] == 4
+
+
 def test_a_run_resumes_with_another_batch_size(options, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGINT, "look", 2)
@@ -157,8 +168,9 @@ def test_a_finished_run_can_be_prolonged_and_names_what_changed(options, tmp_pat
     with open(folder / "runs.jsonl", "a") as file:
         file.write('{"time": ')  # a power cut
     save_checkpoint(folder / "model_latest.pth", **latest(folder) | {"best_psnr": 99.0})
-    other = ["--val_dir", str(make_pairs(tmp_path / "other", count=1, seed=1))]
-    train.main([*options, "--num_epochs", "2", "--clip_grad", "1", *other])
+    for kind in ("input", "target"):
+        (tmp_path / "val" / kind / "1.png").unlink()
+    train.main([*options, "--num_epochs", "2", "--clip_grad", "1"])
     output = capsys.readouterr().out
     assert "--num_epochs 2 (was 1)\n" in output and "--clip_grad 1.0 (was None)\n" in output
     assert "model_best.pth is chosen anew, from epoch 2" in output and latest(folder)["best_epoch"] == 2

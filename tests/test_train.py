@@ -202,7 +202,8 @@ def test_presets_are_the_authors_and_can_be_overridden():
         (["--clip_grad", "nan"], "must be above 0"),
         (["--seed", "-1"], "must be at least 0"),
         (["--dim", "9"], "must be a multiple of 2"),
-        (["--val_dir", ""], "give --val_dir DIR to validate on, or --hold_out 0.05"),
+        (["--val_dir", ""], "give --val_dir DIR, pairs to validate on, or --hold_out 0.05 to validate on a part"),
+        (["--val_dir", "", "--train_dir", "", "--clean_dir", "photos"], "give --val_dir DIR, pairs to validate on\n"),
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--val_dir", "nowhere"], "nowhere/input does not exist"),
         (["--clean_dir", "nowhere"], "nowhere"),
@@ -216,18 +217,15 @@ def test_wrong_arguments_are_refused_with_a_sentence(options, change, expected, 
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_broken_pictures_are_named(options, tmp_path, pairs_folder):
-    first, later, training = tmp_path / "val/input/0.png", tmp_path / "val/input/1.png", pairs_folder / "target/2.png"
-    whole = first.read_bytes()
-    for path in (first, later, training):
+def test_broken_pictures_are_named_those_of_validation_before_the_first_epoch(options, tmp_path, pairs_folder):
+    validation, training = tmp_path / "val/input/1.png", pairs_folder / "target/2.png"
+    whole = validation.read_bytes()
+    for path in (validation, training):
         path.write_bytes(b"broken")
-    assert f"{first} cannot be read" in fails(options)
-    assert not (tmp_path / "runs").exists()  # before the first epoch
-    first.write_bytes(whole)
+    assert f"{validation} cannot be read" in fails(options)
+    assert not (tmp_path / "runs").exists()
+    validation.write_bytes(whole)
     assert fails([*options, "--num_workers", "1"]).startswith(f"error: {training} cannot be read as a picture")
-    training.write_bytes(whole)
-    assert f"{later} cannot be read" in fails(options)
-    assert latest(session(tmp_path))["pictures"] == 6  # the epoch is kept
 
 
 @pytest.mark.parametrize("look_steps", [1, 50])
@@ -289,7 +287,9 @@ def test_a_run_prints_its_data_and_off_a_terminal_its_progress(options, pairs_fo
     assert f"{4 + 2 * 6} training pairs, 2 validation pairs" in output
     lines = [line for line in output.splitlines() if line.startswith("epoch 1/1, ")]
     assert len(lines) == 3 and output.count("note: the machine is busy\n") == 1
-    assert re.fullmatch(r"epoch 1/1, step 2/3: \S+ pictures/s, run [0-9:]+ left, loss [0-9.]+", lines[1])
+    assert re.fullmatch(
+        r"epoch 1/1, step 2/3, lr 0: epoch [0-9:]+ left, \S+ pictures/s, run [0-9:]+ left, loss [0-9.]+", lines[1]
+    )
 
 
 def test_saving_memory_and_a_compiler_that_fails_change_no_weight(options, tmp_path, monkeypatch, capsys):
