@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.backends import cudnn
 
 from ablations import build
 from tests.golden import ARRAYS, golden_input, golden_network
@@ -79,20 +80,6 @@ def test_a_short_side_is_reflected_to_a_multiple_of_16(narrow_net):
     assert all(np.array_equal(Derainer(narrow_net, mode, 64)(image), expected) for mode in MODES)
 
 
-def test_tiles_leave_no_seam_where_windows_do(narrow_net):
-    """With a network whose results depend on all of a window, as channel attention's do."""
-    ramp = np.linspace(0, 0.6, 200, dtype=np.float32)
-    image = np.broadcast_to(ramp[:, None], (64, 200, 3))
-
-    def largest_step(mode):
-        """Between neighbouring columns, in steps of the ramp."""
-        derainer = Derainer(narrow_net, mode, window=64)
-        derainer.forward = lambda x: x + 0.3 * x.mean(dim=(1, 2, 3), keepdim=True)
-        return np.abs(np.diff(derainer(image), axis=1)).max() / ramp[1]
-
-    assert largest_step("window") > 15 and largest_step("tile") < 3
-
-
 @pytest.mark.parametrize("mode", ["window", "tile"])
 def test_windows_of_several_pictures_share_a_batch(narrow_net, mode):
     images = [random_picture(*size) for size in ((40, 40), (64, 33), (32, 32), (16, 90), (70, 32))]
@@ -142,10 +129,11 @@ def test_results_are_copied_before_the_next_batch_replaces_them(narrow_net, monk
     assert running == [4, 6, 8, 10, 10]  # when a batch is collected, the next one's two steps are queued
 
 
-def test_float32_on_a_gpu_is_not_tf32(narrow_net):
-    derainer = Derainer(narrow_net, window=32)
-    derainer.forward = lambda x: x * (not torch.backends.cudnn.allow_tf32)
-    assert derainer(random_picture(32, 32)).any()
+def test_on_a_gpu_float32_is_not_tf32_and_cudnn_tries_its_algorithms_for_full_windows_alone(narrow_net):
+    derainer, settings = Derainer(narrow_net, window=48), []
+    derainer.forward = lambda x: [settings.append((cudnn.allow_tf32, cudnn.benchmark)), x][1]
+    list(derainer.pictures(enumerate(map(random_picture, (48, 20), (48, 48)))))
+    assert settings == [(False, True), (False, False)]
 
 
 def test_the_ensemble_turns_with_the_picture(narrow_net):

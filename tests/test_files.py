@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from utils import files
-from utils.files import UserError, atomic_path, atomic_write, disk_failed, lock, reports_errors, sentence, write_text
+from utils.files import UserError, atomic_path, atomic_write, disk_failed, lock, reports_errors, write_text
 
 
 def fail(error):
@@ -147,13 +147,6 @@ def test_lines_of_json_are_read_without_those_cut_off(tmp_path):
         files.append_json(path / "log.jsonl", {})
 
 
-def test_sentences_read_well():
-    assert [files.counted(n, "picture") for n in (0, 1, 12345)] == ["0 pictures", "1 picture", "12,345 pictures"]
-    assert files.listed(["a", "b"], 2) == "\n  a\n  b" and files.listed("abcd", 2) == "\n  a\n  b\n  … and 2 more"
-    worker = UserError("Caught UserError in worker 0.\nTraceback …\nutils.files.UserError: a.png is broken.\n")
-    assert sentence(worker) == sentence(UserError("a.png is broken.")) == "a.png is broken."
-
-
 @pytest.mark.parametrize(
     "function, message",
     [
@@ -181,11 +174,3 @@ def test_output_may_end_early():
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
     assert "Error" not in process.stderr.read() and process.wait() == 1
-
-
-def test_software_is_what_runs(monkeypatch):
-    versions = files.software()
-    assert versions["torch"] == torch.__version__ and versions["python"] == sys.version.split()[0]
-    assert versions.keys() == {"commit", "python", "torch", "torchvision", "numpy", "opencv", "pillow"}
-    monkeypatch.setenv("PATH", "")  # without git
-    assert files.software() == {**versions, "commit": None}

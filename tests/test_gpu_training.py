@@ -51,18 +51,6 @@ def moved_to_fake(module, device):
     return module
 
 
-def leaves_of(loss):
-    """The parameters that a loss's graph ends in."""
-    leaves, seen, ahead = set(), set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node and node not in seen:
-            seen.add(node)
-            ahead += [function for function, _ in node.next_functions]
-            leaves.add(getattr(node, "variable", None))
-    return leaves - {None}
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     "device, network",
@@ -74,23 +62,20 @@ def leaves_of(loss):
 )
 def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monkeypatch, device, network, bf16):
     """A fake tensor cannot be read, nor copied or joined with one of another device. In PyTorch built for CUDA,
-    autograd's engine asks for a driver as soon as it meets a CUDA tensor: there the backward pass is left out, and all
-    parameters that the loss's graph reaches get a gradient instead."""
+    autograd's engine asks for a driver when it meets a CUDA tensor: there the backward pass only fills in gradients."""
     options = [*arguments(pairs_folder, None, tmp_path), "--num_blocks", "1", "1", "1", "--ema", "0.9"]
     options += ["--clip_grad", "1", "--model" if network in ablations.NETWORKS else "--ablation", network]
     trainer = train.Trainer(train.parse_args([*options, *["--bf16"] * bf16]))
-    batch, trained = next(iter(trainer.train_loader)), set()
-    backward, dtypes = torch.Tensor.backward, []
+    batch, backward, dtypes = next(iter(trainer.train_loader)), torch.Tensor.backward, []
 
-    def checked_backward(loss):
-        trained.update(parameter for parameter in trainer.net.parameters() if parameter.requires_grad)
-        assert loss.device.type == device and loss.dtype == torch.float32 and leaves_of(loss) == trained
+    def fake_backward(loss):
+        assert loss.device.type == device and loss.dtype == torch.float32
         if device == "cpu":
             backward(loss)
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter) if device == "cuda" else parameter.grad
+        for parameter in trainer.net.parameters() if device == "cuda" else ():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
-    monkeypatch.setattr(torch.Tensor, "backward", checked_backward)
+    monkeypatch.setattr(torch.Tensor, "backward", fake_backward)
     monkeypatch.setattr(torch.Tensor, "cpu", None)
     monkeypatch.setattr(torch, "tensor", None)  # copies numbers to its device, for which the host waits
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast is off
@@ -105,7 +90,7 @@ def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monk
         batch = {name: mode.from_tensor(value) if torch.is_tensor(value) else value for name, value in batch.items()}
         assert trainer.train_step(batch)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
-    assert len(trainer.optimizer.state) == len(trained) > 50
+    assert len(trainer.optimizer.state) == sum(parameter.requires_grad for parameter in trainer.net.parameters())
     assert trainer.unseen[0][2].device.type == trainer.sums.device.type == device
 
 
