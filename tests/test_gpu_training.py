@@ -1,8 +1,7 @@
-"""What training does on a GPU, as far as a CPU can tell: fake CUDA tensors, counted reads, CUDA's layouts."""
+"""What training does on a GPU, as far as a CPU can tell: fake CUDA tensors and counted reads."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,19 +91,3 @@ def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monk
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
     assert len(trainer.optimizer.state) == sum(parameter.requires_grad for parameter in trainer.net.parameters())
     assert trainer.unseen[0][2].device.type == trainer.sums.device.type == device
-
-
-@pytest.mark.parametrize("model", ["NeRD-Rain", "NeRD-Rain-S"])
-def test_blocks_stay_channels_last_where_shuffles_are_as_on_cuda(model, monkeypatch):
-    for place, name in ((F, "pixel_shuffle"), (F, "pixel_unshuffle"), (torch, "pixel_shuffle")):
-        shuffle = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda x, factor, shuffle=shuffle: shuffle(x, factor).contiguous())
-    net = ablations.build(**ablations.NETWORKS[model], num_blocks=(1, 1, 1)).to(memory_format=torch.channels_last)
-    layouts = []
-    for block in net.modules():
-        if isinstance(block, ablations.TransformerBlock):
-            block.register_forward_pre_hook(
-                lambda block, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-            )
-    net(torch.rand(1, 3, 32, 32).to(memory_format=torch.channels_last))
-    assert len(layouts) == 30 and all(layouts)

@@ -16,7 +16,6 @@ from utils.files import UserError
 from utils.pictures import (
     KEEPABLE,
     Picture,
-    contact_sheet,
     find_pictures,
     read_image,
     read_picture,
@@ -294,11 +293,3 @@ def test_reflection_pads_any_picture(height, width):
     assert padded.shape == (16, max(4, width), 3)
     there_and_back = [*range(height), *range(height - 2, 0, -1)]
     assert np.array_equal(padded[:, :width], image[np.resize(there_and_back, 16)])
-
-
-def test_contact_sheet_shows_all_pictures():
-    dark, black = np.full((20, 30, 3), 50, np.uint8), np.zeros((40, 40, 3), np.uint8)
-    expected = np.full((2 + 20 + 2 + 40 + 2, 2 + 30 + 2 + 30 + 2, 3), 255, np.uint8)
-    expected[2:22, 2:32] = expected[2:22, 34:64] = 50
-    expected[24:64, 2:42] = 0
-    assert np.array_equal(contact_sheet([[dark, dark], [black]], border=2), expected)
