@@ -109,6 +109,8 @@ def main(argv=None):
         parser.error(f"--size must be multiples of {MULTIPLE}")
     if onnxruntime is None:
         raise UserError("the export needs onnx, onnxscript and onnxruntime: pip install -r requirements-extras.txt")
+    if torch.__version__.startswith("2.6."):
+        raise UserError("the exporter of PyTorch 2.6 fails on these networks: install a newer PyTorch.")
     net, output = load_network(args.weights), args.output or Path(f"{args.weights.stem}.onnx")
     if output.is_dir():
         raise UserError(f"{output} is a folder: give --output a file in it.")

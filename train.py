@@ -499,7 +499,7 @@ class Trainer:
         done, total = min(self.step * self.args.batch_size, len(self.train_set)), len(self.train_set)
         speed = (done - first) / (time.monotonic() - start)
         epoch_left, run_left = (total - done) / speed, ((self.args.num_epochs - self.epoch) * total - done) / speed
-        status = f"{speed:.3g} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
+        status = f"{speed:.{2 if speed < 10 else 0}f} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
         if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:

@@ -19,6 +19,7 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the exporter of PyTorch 2.6 fails")
 
 
 @pytest.fixture(scope="module")
