@@ -10,7 +10,6 @@ model_previous.pth; model_best.pth; log.jsonl (a line per epoch); runs.jsonl (a 
 import argparse
 import contextlib
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -242,15 +241,14 @@ class Trainer:
         pairs, val_pairs = find_data(args)
         self.digest = digest(pairs, args.train_dir, args.clean_dir)
         val_folder = args.train_dir if args.hold_out else args.val_dir
-        self.val_digest = f"{val_folder} {args.patch_size} {digest(val_pairs, val_folder)}"
+        validation = (os.path.realpath(val_folder), args.clean_half, args.patch_size, digest(val_pairs, val_folder))
+        self.val_digest = repr(validation)
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
         self.steps_per_epoch = len(self.sampler)
         self.train_loader = self.make_loader(self.train_set, batch_sampler=self.sampler)
         self.val_loader = self.make_loader(Subset(self.val_set, range(self.rank, len(val_pairs), self.world)))
-        for _ in self.val_loader:  # reports broken pictures now, not after an epoch
-            pass
 
         self.folder = Path(args.model_save_dir, args.mode, "models", args.session)
         names = [self.folder / f"model_{which}.pth" for which in ("latest", "previous", "best")]
@@ -270,6 +268,8 @@ class Trainer:
             self.restore(checkpoint, source)
         if not devices.equal_over_processes(self.steps_done(), self.device):
             raise UserError(f"the processes found different checkpoints: all machines must share {self.folder}.")
+        for _ in self.val_loader:  # reports broken pictures now, not after an epoch
+            pass
 
         if args.save_memory:
             ablations.checkpoint_activations(self.net)
@@ -312,8 +312,8 @@ class Trainer:
         self.epoch = checkpoint["epoch"]
         self.step = min(checkpoint.get("pictures", 0) // self.args.batch_size, self.steps_per_epoch)
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
-        if checkpoint.get("val_digest", self.val_digest) != self.val_digest:
-            if self.rank == 0:
+        if checkpoint.get("val_digest") != self.val_digest:
+            if self.rank == 0 and "best_psnr" in checkpoint:
                 print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
             self.best_psnr, self.best_epoch = -math.inf, 0
         if self.step:
@@ -385,7 +385,12 @@ class Trainer:
         while self.epoch < args.num_epochs:
             line = self.train_epoch()
             if line["epoch"] % args.val_epochs == 0 or line["epoch"] == args.num_epochs:
-                line["val_psnr"] = self.validate()
+                try:
+                    line["val_psnr"] = self.validate()
+                except UserError:  # a picture that broke meanwhile, which must not cost the epoch
+                    if self.world == 1:
+                        self.save(self.latest)
+                    raise
             self.finish_epoch(line)
         if self.rank == 0:
             print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
@@ -501,7 +506,8 @@ class Trainer:
         epoch_left, run_left = (total - done) / speed, ((self.args.num_epochs - self.epoch) * total - done) / speed
         status = f"{speed:.{2 if speed < 10 else 0}f} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
         bar.set_postfix_str(status, refresh=False)
-        bar.update()
+        with contextlib.suppress(OSError):  # the terminal was closed, and its signal is on its way
+            bar.update()
         if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS
             step = f"step {self.step}/{self.steps_per_epoch}, lr {self.optimizer.param_groups[0]['lr']:.3g}"
@@ -544,7 +550,8 @@ class Trainer:
         self.save(*paths)
         if self.rank == 0:
             text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
-            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
+            with contextlib.suppress(OSError):
+                print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
         self.end_if_asked()
 
     def save(self, *paths):
@@ -573,14 +580,7 @@ def main(argv=None):
     threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
     try:
         with devices.reports_lost_processes():
-            trainer = Trainer(args)
-            try:
-                trainer.run()
-            except OSError as error:  # printing to a closed terminal fails, perhaps before its signal arrives
-                if error.errno != errno.EIO or trainer.world > 1:
-                    raise
-                trainer.interruption.ask(signal.SIGHUP, None)
-                trainer.end_if_asked()
+            Trainer(args).run()
     except OSError as error:
         if error.filename or error.errno not in files.DISK_ERRORS:
             raise

@@ -56,7 +56,8 @@ def seeded():
 @pytest.fixture(autouse=True)
 def signals_restored():
     """train.py takes over Ctrl-C, SIGTERM and SIGHUP."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -215,9 +215,7 @@ def test_options_that_do_not_fit_are_refused(narrow_net):
             Derainer(narrow_net, **options)
 
 
-def test_results_are_current_if_made_of_the_same_file_with_the_same_weights_and_settings(
-    narrow_net, narrow_weights, tmp_path
-):
+def test_results_are_current_if_newer_and_made_with_the_same_settings(narrow_net, narrow_weights, tmp_path):
     folder, source, result = tmp_path / "out", tmp_path / "a.png", tmp_path / "out" / "sub" / "a.png"
     result.parent.mkdir(parents=True)
     source.touch()

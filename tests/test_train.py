@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -217,15 +218,19 @@ def test_wrong_arguments_are_refused_with_a_sentence(options, change, expected, 
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_broken_pictures_are_named_those_of_validation_before_the_first_epoch(options, tmp_path, pairs_folder):
+def test_broken_pictures_are_named_before_the_first_epoch(options, tmp_path, pairs_folder, monkeypatch):
     validation, training = tmp_path / "val/input/1.png", pairs_folder / "target/2.png"
     whole = validation.read_bytes()
     for path in (validation, training):
         path.write_bytes(b"broken")
     assert f"{validation} cannot be read" in fails(options)
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.rglob("*.jsonl"))
     validation.write_bytes(whole)
     assert fails([*options, "--num_workers", "1"]).startswith(f"error: {training} cannot be read as a picture")
+    training.write_bytes(whole)
+    monkeypatch.setattr(train.Trainer, "validate", Mock(side_effect=train.UserError("a picture broke later.")))
+    assert "a picture broke later" in fails(options)
+    assert latest(session(tmp_path))["pictures"] == 6  # the epoch is kept
 
 
 @pytest.mark.parametrize("look_steps", [1, 50])

@@ -193,7 +193,8 @@ class Derainer:
     def compute(self, x):
         """Windows B×3×h×w on the device -> their results, float32."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.inference_mode(), strict_float32(benchmark=self.is_full(x)), autocast:
+        comes_again = self.is_full(x) and len(x) == self.batch_size(*x.shape[2:])
+        with torch.inference_mode(), strict_float32(benchmark=comes_again), autocast:
             return eightfold(self.forward, x) if self.ensemble else self.forward(x)
 
     def batch_size(self, height, width):
@@ -300,8 +301,8 @@ def remember_settings(folder, settings):
 
 
 def is_current(result, source, settings, folder):
-    """Whether a result was made of this file, as it is now, with these settings, as `folder` remembers."""
-    if not Path(result).is_file() or remembered_settings(folder) != settings:
+    """Whether a result is newer than its source and was made with these settings, as `folder` remembers."""
+    if not Path(result).is_file() or not Path(source).is_file() or remembered_settings(folder) != settings:
         return False
     newest = max(os.stat(path).st_mtime_ns for path in (source, Path(folder, SETTINGS)))
     return os.stat(result).st_mtime_ns >= newest

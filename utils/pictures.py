@@ -74,6 +74,11 @@ def originals(paths, root, results):
     return [path for path in paths if not any(map(path.parent.resolve().is_relative_to, results))] if results else paths
 
 
+def root_of(pattern):
+    """-> the folder that a glob pattern searches."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+
+
 def find_pictures(source, results=()):
     """Finds the pictures of a file, a folder tree or a glob pattern.
 
@@ -93,7 +98,7 @@ def find_pictures(source, results=()):
     elif path.is_file():
         root, found = path.parent, [path]
     elif glob.has_magic(source):
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        root = root_of(source)
         found = [file for file in map(Path, glob.glob(source, recursive=True)) if is_picture(file)]
     else:
         name = source or "a picture without a name"
@@ -118,7 +123,7 @@ def skipped(source, results=()):
     elif not os.path.exists(source):
         matching = map(Path, glob.glob(str(source), recursive=True))
         files = [path for path in matching if path.is_file() and path.suffix.lower() not in CLIP_ENDINGS]
-    others = [path for path in originals(files, source, results) if not is_picture(path)]
+    others = [path for path in originals(files, root_of(source), results) if not is_picture(path)]
     clips = sum(path.suffix.lower() in CLIP_ENDINGS for path in others)
     unknown = len(others) - clips - sum(path.name.lower() in BYPRODUCTS for path in others)
     links = len(originals(links, source, results))
