@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -204,6 +205,15 @@ def write_json_lines(path, lines):
     files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
+class Terminal(io.FileIO):
+    """A terminal that may be closed at any moment: what is printed then is lost, and the run saves before it ends."""
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 class Interruption:
     """Ctrl-C, SIGTERM and a closed terminal ask a run to save and end after its step."""
 
@@ -218,9 +228,6 @@ class Interruption:
         self.signal = number
         if number in (signal.SIGINT, signal.SIGTERM):
             print("stopping after this step …", file=sys.stderr)
-            return
-        for stream in (1, 2):  # printing to the closed terminal would fail before the run saves
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class Trainer:
@@ -506,8 +513,7 @@ class Trainer:
         epoch_left, run_left = (total - done) / speed, ((self.args.num_epochs - self.epoch) * total - done) / speed
         status = f"{speed:.{2 if speed < 10 else 0}f} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
         bar.set_postfix_str(status, refresh=False)
-        with contextlib.suppress(OSError):  # the terminal was closed, and its signal is on its way
-            bar.update()
+        bar.update()
         if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS
             step = f"step {self.step}/{self.steps_per_epoch}, lr {self.optimizer.param_groups[0]['lr']:.3g}"
@@ -550,8 +556,7 @@ class Trainer:
         self.save(*paths)
         if self.rank == 0:
             text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
-            with contextlib.suppress(OSError):
-                print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
+            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
         self.end_if_asked()
 
     def save(self, *paths):
@@ -578,6 +583,10 @@ class Trainer:
 def main(argv=None):
     args = parse_args(argv)
     threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name).isatty():
+            buffer = io.BufferedWriter(Terminal(getattr(sys, name).fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True))
     try:
         with devices.reports_lost_processes():
             Trainer(args).run()

@@ -45,8 +45,9 @@ class Clip:
     def __init__(self, path):
         if av is None:
             raise UserError(f"{path} is a video, which needs PyAV: pip install -r requirements-extras.txt")
+        old = int(av.__version__.partition(".")[0]) < 19  # newer releases do so by themselves
         try:
-            self.container = av.open(str(path), metadata_errors="replace")
+            self.container = av.open(str(path), **({"metadata_errors": "replace"} if old else {}))
         except av.FFmpegError as error:
             raise UserError(f"{path} cannot be read as a video ({error.strerror}): replace or remove it.") from error
         self.path, self.damaged = path, False
