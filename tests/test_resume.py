@@ -50,6 +50,7 @@ def options(pairs_folder, narrow_weights, tmp_path):
 def test_a_run_saves_and_ends_when_it_is_asked_to_or_its_terminal_is_closed(options, tmp_path, number):
     process, terminal = os.forkpty()
     if process == 0:  # the terminal is its own now
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the suite runs under nohup
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "train.py", *options, "--num_epochs", "1000", "--num_workers", "1"])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
