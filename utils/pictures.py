@@ -117,16 +117,17 @@ def find_pictures(source, results=()):
 def skipped(source, results=()):
     """-> what find_pictures leaves out of a folder or pattern, such as "skipped: 1 clip, 2 files of unknown kind", or
     "". Clips that match a pattern are not left out: test.py derains them."""
-    files, links = [], []
+    files, links, root = [], [], source
     if os.path.isdir(source):
         files, links = walk(source)
     elif not os.path.exists(source):
+        root = root_of(source)
         matching = map(Path, glob.glob(str(source), recursive=True))
         files = [path for path in matching if path.is_file() and path.suffix.lower() not in CLIP_ENDINGS]
-    others = [path for path in originals(files, root_of(source), results) if not is_picture(path)]
+    others = [path for path in originals(files, root, results) if not is_picture(path)]
     clips = sum(path.suffix.lower() in CLIP_ENDINGS for path in others)
     unknown = len(others) - clips - sum(path.name.lower() in BYPRODUCTS for path in others)
-    links = len(originals(links, source, results))
+    links = len(originals(links, root, results))
     parts = [
         counted(clips, "clip") if clips else "",
         f"{counted(unknown, 'file')} of unknown kind" if unknown else "",
