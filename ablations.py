@@ -113,9 +113,8 @@ class CoordinateINR(INR):
 
     octaves = 4
 
-    def __init__(self, dim, encoding=True, ensemble=True):
-        super().__init__(dim, coordinates=2 + 2 * 2 * self.octaves * encoding)
-        self.encoding, self.ensemble = encoding, ensemble
+    def __init__(self, dim):
+        super().__init__(dim, coordinates=2 + 2 * 2 * self.octaves)
 
     def encoded(self, positions):
         """γ: N×2 -> N×16."""
@@ -131,14 +130,13 @@ class CoordinateINR(INR):
         cell_size = 2 / filled(size, x.device) * grid
         positions_in_cells = (positions + 1) / 2 * grid - 0.5  # the centre of cell i lies at i
         colours = 0
-        for corner in ((0, 0), (0, 1), (1, 0), (1, 1)) if self.ensemble else ((0.5, 0.5),):
+        for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
             cell = (positions_in_cells + filled(corner, x.device)).floor()
-            distance = (positions_in_cells - cell).abs()
-            area = (1 - distance).prod(dim=1) if self.ensemble else torch.ones_like(positions[:, 0])
+            area = (1 - (positions_in_cells - cell).abs()).prod(dim=1)
             cell = cell.clamp(torch.zeros_like(grid), grid - 1)
             centre = -1 + (2 * cell + 1) / grid
-            encoded = [self.encoded(positions) - self.encoded(centre)] if self.encoding else []
-            inputs = torch.cat([(positions - centre) * grid, *encoded, cell_size.expand_as(centre)], dim=1)
+            encoded = self.encoded(positions) - self.encoded(centre)
+            inputs = torch.cat([(positions - centre) * grid, encoded, cell_size.expand_as(centre)], dim=1)
             at_cell = features[:, :, (cell[:, 0] * grid[1] + cell[:, 1]).long()].transpose(1, 2)  # B×N×hidden
             colours = colours + rest(at_cell + F.linear(inputs, by_coordinates, first.bias)) * area[:, None]
         return colours.transpose(1, 2)
@@ -196,8 +194,11 @@ class AblationNet(nn.Module):
             if count:
                 self.passes[scale] = add_scale(self, scale, count, dim, blocks)
                 if scale in INRS[inr]:
-                    coordinates = CoordinateINR(dim, inr != "no_encoding") if inr.startswith("coord") else None
-                    self.add_module(HEADS[scale], coordinates or INR(dim, 2 if inr == "no_encoding" else 18))
+                    if inr.startswith("coordinate"):
+                        head = CoordinateINR(dim)
+                    else:
+                        head = INR(dim, 2 if inr == "no_encoding" else 18)
+                    self.add_module(HEADS[scale], head)
         self.fused = []  # BF1, BF2, …: (scale, number of the pass) that is fed back to
         for scale, finer in FINER.items():
             if scale in self.passes and FEEDBACKS[feedback]:

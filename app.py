@@ -69,7 +69,8 @@ def derain_uploads(uploads, folder, derainer, watch):
 
     try:
         for _, error in derain_files(derainer, outputs, progress=progress):
-            problems += [sentence(error)] if error else []
+            if error:
+                problems.append(sentence(error))
     except Stopped as error:
         problems.append(str(error))
     for path, output in outputs.items():  # visitors know the names alone

@@ -40,7 +40,7 @@ MOVES = [  # nine equally likely moves, two of which leave the patch alone
 ]
 
 
-def to_tensor(image):
+def to_uint8_tensor(image):
     """H×W×3 -> 3×H×W, both uint8: workers send 8 bits, and the device makes them float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
@@ -73,7 +73,7 @@ class TrainingPatches(Dataset):
         rainy, clean = (move(image[y : y + size, x : x + size]) for image in (rainy, clean))
         if isinstance(pair, Photo):
             rainy = add_rain(clean, rng)
-        rainy, clean = to_tensor(rainy), to_tensor(clean)
+        rainy, clean = to_uint8_tensor(rainy), to_uint8_tensor(clean)
         if saturation:  # in 8 bits, as published
             rainy, clean = (adjust_saturation(patch, saturation) for patch in (rainy, clean))
         return {"input": rainy, "target": clean, "name": str(pair.input)}
@@ -91,7 +91,7 @@ class ValidationPatches(Dataset):
     def __getitem__(self, index):
         pair, size = self.pairs[index], self.patch_size
         rainy, clean = (reflect_pad(image, size, size) for image in pair.read())
-        rainy, clean = (center_crop(to_tensor(image), size) for image in (rainy, clean))
+        rainy, clean = (center_crop(to_uint8_tensor(image), size) for image in (rainy, clean))
         return {"input": rainy, "target": clean, "name": str(pair.input)}
 
 

@@ -63,12 +63,15 @@ def parse_args(argv=None):
     return args
 
 
-def split_clips(sources):
-    """-> the clips that are named or match a pattern, and the sources of pictures. Clips within folders are skipped:
-    phones store them beside photographs."""
+def split_clips(sources, results):
+    """-> the clips that are named or match a pattern, but do not lie in the folders `results`, and the sources of
+    pictures. Clips within folders are skipped: phones store them beside photographs."""
     clips, others = [], []
     for source in sources:
-        paths = [Path(source)] if os.path.exists(source) else sorted(map(Path, glob.glob(source, recursive=True)))
+        paths = [Path(source)]
+        if not os.path.exists(source):
+            found = sorted(map(Path, glob.glob(source, recursive=True)))
+            paths = pictures.originals(found, pictures.root_of(source), results)
         matching = [path for path in paths if is_clip(path) and path.is_file()]
         clips += matching
         if not matching or any(map(pictures.is_picture, paths)):
@@ -115,9 +118,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(args):
-    """Raises UserError if nothing of it can be done as it was meant."""
-    clips, sources = split_clips(args.input_dir)
-    sources, results = list(map(rainy_folder, sources)), [args.output_dir or "results"]
+    """-> Plan. Raises UserError if there is nothing to derain, or the output folder or panel cannot be used."""
+    results = [args.output_dir or "results"]
+    clips, sources = split_clips(args.input_dir, results)
+    sources = list(map(rainy_folder, sources))
     found = [find_pictures(source, results) for source in sources]
     folder = args.output_dir or default_output_dir([*sources, *clips][0], found[0][1] if found else "")
     if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS | pictures.CLIP_ENDINGS:
@@ -213,12 +217,12 @@ def main(argv=None):
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])
-    kept = []
-    if args.skip_existing:
-        kept = [path for path, output in outputs.items() if is_current(output, path, settings, plan.folder)]
-    new = dict(outputs)
-    for path in kept:
-        del new[path]
+    kept, new = [], {}
+    for path, output in outputs.items():
+        if args.skip_existing and is_current(output, path, settings, plan.folder):
+            kept.append(path)
+        else:
+            new[path] = output
     done, failures = [], [] if rank else list(plan.failures)
     total = len(outputs) + len(failures)
     if new:

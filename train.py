@@ -52,7 +52,7 @@ PROGRESS_SECONDS = 60  # between two lines of progress where no terminal shows a
 PANELS = 4  # validation pictures in TensorBoard
 
 
-def number(kind, condition, description):
+def checked(kind, condition, description):
     """-> a type for argparse: numbers that meet a condition."""
 
     def parse(string):
@@ -69,12 +69,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = number(int, lambda n: n >= 1, "at least 1")
-    natural = number(int, lambda n: n >= 0, "at least 0")
-    positive = number(float, lambda n: 0 < n < math.inf, "above 0")
-    fraction = number(float, lambda n: 0 < n < 1, "between 0 and 1")
-    even = number(int, lambda n: n > 0 and n % 2 == 0, "a multiple of 2")
-    patch = number(int, lambda n: n > 0 and n % MULTIPLE == 0, f"a multiple of {MULTIPLE}")
+    count = checked(int, lambda n: n >= 1, "at least 1")
+    natural = checked(int, lambda n: n >= 0, "at least 0")
+    positive = checked(float, lambda n: 0 < n < math.inf, "above 0")
+    fraction = checked(float, lambda n: 0 < n < 1, "between 0 and 1")
+    even = checked(int, lambda n: n > 0 and n % 2 == 0, "a multiple of 2")
+    patch = checked(int, lambda n: n > 0 and n % MULTIPLE == 0, f"a multiple of {MULTIPLE}")
     presets = [name for name, recipe in DATASETS.items() if recipe.num_epochs]
     changes = [*ablations.ABLATIONS, "mprnet", "no_zero_epoch"]
 
@@ -162,7 +162,7 @@ def digest(pairs, folder, clean_dir=None):
 
 
 def make_network(args, path, checkpoint):
-    """The network with the weights it starts from: those of an interrupted run, given ones, or random ones."""
+    """The network with the weights it starts from: an interrupted run's, --pretrain_weights, or random ones."""
     source = path if checkpoint else args.pretrain_weights
     changes = {"dim": args.dim, "num_blocks": args.num_blocks, **ablations.ABLATIONS.get(args.ablation, {})}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -205,8 +205,8 @@ def write_json_lines(path, lines):
     files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-class Terminal(io.FileIO):
-    """A terminal that may be closed at any moment: what is printed then is lost, and the run saves before it ends."""
+class Output(io.FileIO):
+    """A terminal or pipe that may be closed at any moment: what is printed then is lost, and the run is not."""
 
     def write(self, data):
         with contextlib.suppress(OSError):
@@ -227,7 +227,8 @@ class Interruption:
     def ask(self, number, _):
         self.signal = number
         if number in (signal.SIGINT, signal.SIGTERM):
-            print("stopping after this step …", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                os.write(2, "stopping after this step …\n".encode())  # print fails where it interrupts another one
 
 
 class Trainer:
@@ -247,9 +248,9 @@ class Trainer:
 
         pairs, val_pairs = find_data(args)
         self.digest = digest(pairs, args.train_dir, args.clean_dir)
-        val_folder = args.train_dir if args.hold_out else args.val_dir
-        validation = (os.path.realpath(val_folder), args.clean_half, args.patch_size, digest(val_pairs, val_folder))
-        self.val_digest = repr(validation)
+        val_names = digest(val_pairs, args.train_dir if args.hold_out else args.val_dir)
+        val_bytes = sum(os.path.getsize(pair.input) for pair in val_pairs)  # Rain200L and Rain200H have equal names
+        self.val_digest = repr((val_names, val_bytes, args.clean_half, args.patch_size))
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
@@ -273,7 +274,7 @@ class Trainer:
         self.best_psnr, self.best_epoch = -math.inf, 0
         if checkpoint:
             self.restore(checkpoint, source)
-        if not devices.equal_over_processes(self.steps_done(), self.device):
+        if not devices.equal_over_processes(self.pictures_done(), self.device):
             raise UserError(f"the processes found different checkpoints: all machines must share {self.folder}.")
         for _ in self.val_loader:  # reports broken pictures now, not after an epoch
             pass
@@ -298,7 +299,7 @@ class Trainer:
                 if self.latest.exists():  # another day it may be readable; the next save would make it the previous
                     os.replace(self.latest, self.folder / "model_damaged.pth")
             self.begin(resumed=bool(source))
-            self.board = SummaryWriter(self.folder, purge_step=self.steps_done())
+            self.board = SummaryWriter(self.folder, purge_step=self.pictures_done())
         self.interruption = Interruption()  # before this there is nothing to save
 
     def make_loader(self, dataset, **options):
@@ -382,8 +383,9 @@ class Trainer:
                 print(f"\nstopped; all is saved in {self.latest}. The same command resumes.")
             sys.exit(128 + number)
 
-    def steps_done(self):
-        return self.epoch * self.steps_per_epoch + self.step
+    def pictures_done(self):
+        total = len(self.train_set)
+        return self.epoch * total + min(self.step * self.args.batch_size, total)
 
     def run(self):
         args = self.args
@@ -399,7 +401,7 @@ class Trainer:
                         self.save(self.latest)
                     raise
             self.finish_epoch(line)
-        if self.rank == 0:
+        if self.rank == 0 and self.best_epoch:
             print(f"done: best PSNR {self.best_psnr:.2f} dB in epoch {self.best_epoch}: {self.best}")
 
     def train_epoch(self):
@@ -495,16 +497,16 @@ class Trainer:
             raise self.diverged(self.step, [])
 
     def diverged(self, step, names):
+        look = f", or look at the pictures of that step:{files.listed(names)}" if names else "."
         return UserError(
             f"the loss, its gradient or the weights are no longer finite in epoch {self.epoch + 1}, step {step}; "
-            f"{self.latest} was left as it was. Resume with --clip_grad 1 or a lower --lr, or look at the pictures of "
-            f"that step:{files.listed(names)}"
+            f"{self.latest} was left as it was. Resume with --clip_grad 1 or a lower --lr{look}"
         )
 
     def to_board(self, group, values):
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(f"{group}/{name}", value, self.steps_done())
+                self.board.add_scalar(f"{group}/{name}", value, self.pictures_done())
 
     def show_progress(self, bar, name, first, start):
         """Moves the bar on a terminal; elsewhere prints a line every minute. The loss is that of the last look."""
@@ -535,7 +537,7 @@ class Trainer:
                 panels += [rainy[0], result[0], clean[0]]
         self.end_if_asked()
         if self.board:
-            self.board.add_image("rainy, derained, clean", make_grid(panels, nrow=3), self.steps_done())
+            self.board.add_image("rainy, derained, clean", make_grid(panels, nrow=3), self.pictures_done())
         values = [psnr(error.item(), peak=1) for error in errors]
         total = torch.tensor(sum(values), dtype=torch.float64, device=self.device)
         return devices.sum_over_processes(total).item() / len(self.val_set)
@@ -556,7 +558,8 @@ class Trainer:
         self.save(*paths)
         if self.rank == 0:
             text = ", ".join(f"{name} {value:.6g}" for name, value in line.items())
-            print(f"{text}, best {self.best_psnr:.2f} dB in epoch {self.best_epoch}")
+            best = f", best {self.best_psnr:.2f} dB in epoch {self.best_epoch}" if self.best_epoch else ""
+            print(text + best)
         self.end_if_asked()
 
     def save(self, *paths):
@@ -575,8 +578,9 @@ class Trainer:
             "random_state": torch.get_rng_state(),
             **({"ema": self.ema.state_dict()} if self.ema else {}),
         }
-        for path in paths if self.rank == 0 else ():
-            save_checkpoint(path, previous=self.previous if path == self.latest else None, **content)
+        if self.rank == 0:
+            for path in paths:
+                save_checkpoint(path, previous=self.previous if path == self.latest else None, **content)
 
 
 @files.reports_errors
@@ -584,8 +588,8 @@ def main(argv=None):
     args = parse_args(argv)
     threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
     for name in ("stdout", "stderr"):
-        if getattr(sys, name).isatty():
-            buffer = io.BufferedWriter(Terminal(getattr(sys, name).fileno(), "w", closefd=False))
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not replaced by the program that calls this function
+            buffer = io.BufferedWriter(Output(getattr(sys, name).fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True))
     try:
         with devices.reports_lost_processes():

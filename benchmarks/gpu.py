@@ -16,10 +16,12 @@ import torch
 
 from benchmarks import inference, training
 from benchmarks.common import EAGER, parse_args, report
+from utils.files import counted, reports_errors
 
 LAST_START = 420  # seconds, after which no other part begins: compiling takes minutes
 
 
+@reports_errors
 def main(argv=None):
     args = parse_args(__doc__, argv)
     patch, batch, count = (32, 2, 2) if args.quick else (256, 8, 16)
@@ -50,7 +52,7 @@ def main(argv=None):
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    sys.exit(f"{failed} parts failed" if failed else 0)
+    sys.exit(f"{counted(failed, 'part')} failed" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from skimage import data
 from benchmarks.common import BASELINE, EAGER, VARIANTS, as_rows, make_network, parse_args, report, run_rounds
 from benchmarks.published import published
 from utils.derain import Derainer
-from utils.files import UserError
+from utils.files import UserError, reports_errors
 from utils.rain import add_rain
 
 
@@ -47,6 +47,7 @@ def compare(name, args, count, variants=EAGER):
     return as_rows(runs, network=name, task=f"deraining {width}×{height}")
 
 
+@reports_errors
 def main(argv=None):
     args = parse_args(__doc__, argv)
     count = 16 if args.device.type == "cuda" else 1

@@ -14,6 +14,7 @@ import numpy as np
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import WINDOW, Derainer
 from utils.devices import add_gpus, choose_device
+from utils.files import reports_errors
 from utils.pictures import find_pictures, read_image
 
 
@@ -34,6 +35,7 @@ def compare(net, pictures, window=WINDOW):
     return {mode: np.mean(steps, axis=0) for mode, steps in found.items()}
 
 
+@reports_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="?", default="Datasets/demo/test/input", help="a picture, folder or pattern")

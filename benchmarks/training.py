@@ -15,7 +15,7 @@ from benchmarks import common
 from benchmarks.published import published
 from dataset_RGB import Photo, TrainingPatches, quiet_worker
 from losses import DerainLoss
-from utils.files import UserError
+from utils.files import UserError, reports_errors
 from utils.pairs import find_pairs
 
 SIZES = ((1, 64), (4, 64), (1, 128))  # batch, patch
@@ -88,6 +88,7 @@ def loader_rows(patch):
     return rows
 
 
+@reports_errors
 def main(argv=None):
     args = common.parse_args(__doc__, argv)
     sizes = ((1, 32),) if args.quick else SIZES

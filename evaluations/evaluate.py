@@ -57,7 +57,7 @@ def pair_results(results, targets):
 def of_expected(count, dataset):
     """-> such as "198 of the 200 pictures of Rain200L"."""
     if dataset is None:
-        return f"{counted(count, 'picture')} (of no known data set, --dataset names it)"
+        return f"{counted(count, 'picture')} (unknown data set: name it with --dataset)"
     return f"{count} of the {DATASETS[dataset].test_pairs} pictures of {dataset}"
 
 

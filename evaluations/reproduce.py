@@ -29,10 +29,8 @@ from utils.weights import RELEASED, load_released, released_path
 SETS = ("Rain200L", "Rain200H", "DID-Data", "DDN-Data", "SPA-Data")
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
 HEADER = ("method", "PSNR", "paper", "difference", "SSIM", "paper", "difference", "pictures")
-FORMATS = {
-    **{"psnr": ".2f", "paper_psnr": ".2f", "psnr_difference": "+.2f"},
-    **{"ssim": ".4f", "paper_ssim": ".4f", "ssim_difference": "+.4f"},
-}
+FORMATS = {"psnr": ".2f", "paper_psnr": ".2f", "psnr_difference": "+.2f"}
+FORMATS |= {"ssim": ".4f", "paper_ssim": ".4f", "ssim_difference": "+.4f"}
 COLUMNS = ("dataset", "protocol", "method", *FORMATS, "pictures", "expected_pictures")
 
 
@@ -60,7 +58,7 @@ def table_row(dataset, method, ours, paper, pictures=None):
 def cells(row):
     """-> the text of a row under HEADER."""
     numbers = ["–" if row[name] is None else format(row[name], form) for name, form in FORMATS.items()]
-    pictures = f"{row['pictures']} of {row['expected_pictures']}" if row["pictures"] else "only the paper's number"
+    pictures = f"{row['pictures']} of {row['expected_pictures']}" if row["pictures"] else "not measured"
     return [row["method"], *numbers, pictures]
 
 
@@ -184,8 +182,8 @@ def main(argv=None):
     write_text(f"{args.output}.md", as_markdown(table, missing, downloads_of(rows, args.results_dir)))
     write_csv(f"{args.output}.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     write_text(f"{args.output}.tex", as_latex(table))
-    for dataset, rows in table.items():
-        table[dataset] = [row for row in rows if row["pictures"] or row["method"] in args.models]
+    for dataset, methods in table.items():
+        table[dataset] = [row for row in methods if row["pictures"] or row["method"] in args.models]
     print(f"\n{as_markdown(table)}")
     print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
     if missing:

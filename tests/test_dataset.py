@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import adjust_saturation
 
-from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, to_tensor
+from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, to_uint8_tensor
 from utils.pairs import find_pairs
 from utils.pictures import write_png
 
@@ -82,7 +82,7 @@ def test_photographs_get_another_rain_in_every_epoch(tmp_path):
 
 
 def test_validation_shows_the_centre_and_small_pictures_are_padded(grid_pairs):
-    assert torch.equal(ValidationPatches(grid_pairs, 32)[2]["target"], to_tensor(grid_picture()[16:48, 16:48]))
+    assert torch.equal(ValidationPatches(grid_pairs, 32)[2]["target"], to_uint8_tensor(grid_picture()[16:48, 16:48]))
     for patches in (TrainingPatches(grid_pairs, 96, seed=0), ValidationPatches(grid_pairs, 96)):
         assert patches[0]["input"].shape == patches[0]["target"].shape == (3, 96, 96)
 

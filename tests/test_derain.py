@@ -257,8 +257,12 @@ def test_arrays_of_all_kinds_come_back_as_they_went_in(narrow_weights, narrow_ne
     assert result.shape == shape and result.dtype == dtype and not np.array_equal(result, image)
     if shape[2:] in ((2,), (4,)):
         assert np.array_equal(result[..., -1], image[..., -1])
-    if shape == (40, 50, 3):
-        assert np.array_equal(result, Derainer(narrow_net)(image))
+    if shape[2:] in ((3,), (4,)):
+        assert np.array_equal(result[..., :3], Derainer(narrow_net)(image[..., :3]))
+    else:
+        grey = Derainer(narrow_net)(image.reshape(40, 50, -1)[..., [0, 0, 0]]).mean(axis=2)
+        rounding = 1e-6 if np.issubdtype(dtype, np.floating) else 0.5
+        assert np.abs(result.reshape(40, 50, -1)[..., 0] - grey).max() <= rounding
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "P", "RGBA", "CMYK"])

@@ -46,7 +46,7 @@ def test_pictures_means_and_the_worst_ten_are_written(folders, protocol, capsys)
     worst = sorted(rows, key=rows.get)[:10]
     assert [row["picture"] for row in summary["worst"]] == worst
     printed = capsys.readouterr().out
-    assert f"{values[:, 0].mean():.6f}" in printed and "12 pictures (of no known data set, --dataset names" in printed
+    assert f"{values[:, 0].mean():.6f}" in printed and "12 pictures (unknown data set: name it with" in printed
     assert [line.split()[0] for line in printed.splitlines()[3:13]] == worst
 
 

@@ -114,6 +114,10 @@ def test_what_does_not_fit_is_named_and_what_is_there_is_never_replaced(tmp_path
     for options in ([], ["--copy"]):
         assert "already exists" in failure(source, tmp_path / "set", *options)
     assert existing.read_bytes() == b"as it was"
+    (source / "rainy_image" / "901_1.jpg").unlink()
+    (source / "rainy_image" / "901_1.jpg").symlink_to("nowhere")
+    existing.unlink()
+    assert "901_1.jpg cannot be used (No such file" in failure(source, tmp_path / "set", "--copy")
     shutil.rmtree(source / "ground_truth")
     assert "matches none of the layouts" in failure(source, tmp_path / "other")
     make(tmp_path / "both", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})

@@ -80,9 +80,9 @@ def test_pictures_of_other_origin_are_measured_as_they_are(toy, capsys):
     assert "NeRD-Rain-S/Rain200L has no settings.json" in capsys.readouterr().out
     scores = {rows["Rain200L", name]["psnr"] for name in ("Mine", "Restormer", "NeRD-Rain-S")}
     assert len(scores) == 1 and rows["Rain200L", "Mine"]["paper_psnr"] == ""
-    assert "2 of 2 |" in text and "only the paper's number" in text
+    assert "2 of 2 |" in text and "not measured" in text
     assert "Rain200L" not in message
-    assert "SPA-Data was not derained: the weights NeRD-Rain-S/SPA-Data are not here" in message
+    assert "SPA-Data was not derained: the weights NeRD-Rain-S/SPA-Data cannot be loaded" in message
     downloads = text.partition("### Could be measured, too")[2]
     assert "IDT on Rain200L: download its pictures from https://pan.baidu.com/s/1jhHCHT64aDknc4g0ELZJGA" in downloads
     assert "Restormer on SPA-Data" in downloads and "Restormer on Rain200L" not in downloads
@@ -134,7 +134,7 @@ def test_tables_mark_what_is_the_papers_and_what_is_incomplete():
     ]
     text, lines = as_markdown({"Rain200L": rows}, ["x\ny"]), as_latex({"Rain200L": rows}).splitlines()
     assert "| A_b | 41.00 | 40.50 | +0.50 | 0.9900 | 0.9800 | +0.0100 | 200 of 200 |" in text
-    assert "| C | – | 39.00 | – | – | 0.9700 | – | only the paper's number |" in text
+    assert "| C | – | 39.00 | – | – | 0.9700 | – | not measured |" in text
     assert "| D | 41.00 | – | – | 0.9900 | – | – | 7 of 200 |" in text and "- x\n  y\n" in text
     assert r"A\_b & 41.00 & 40.50 & +0.50 & 0.9900 & 0.9800 & +0.0100 & 200 of 200 \\" in lines
-    assert r"C & -- & 39.00 & -- & -- & 0.9700 & -- & only the paper's number \\" in lines
+    assert r"C & -- & 39.00 & -- & -- & 0.9700 & -- & not measured \\" in lines

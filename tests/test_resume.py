@@ -95,10 +95,11 @@ def test_an_interruption_loses_no_step(options, tmp_path, monkeypatch, capsys, n
     assert_equal_runs(tmp_path, ("epoch", "lr", "fft", "total", "val_psnr"))
 
 
-def test_a_closed_terminal_fails_nothing():
-    ours, theirs = os.openpty()
+@pytest.mark.parametrize("make", [os.openpty, os.pipe])
+def test_a_closed_terminal_or_pipe_fails_nothing(make):
+    ours, theirs = make()
     os.close(ours)
-    assert train.Terminal(theirs, "w").write(b"epoch") == 5
+    assert train.Output(theirs, "w").write(b"epoch") == 5
 
 
 def test_a_run_resumes_with_another_batch_size(options, tmp_path, monkeypatch, capsys):
@@ -174,13 +175,15 @@ def test_a_finished_run_can_be_prolonged_and_names_what_changed(options, tmp_pat
     assert [run["arguments"]["num_epochs"] for run in runs] == [1, 1, 2]
 
 
-def test_a_session_keeps_to_its_data(options, tmp_path, pairs_folder):
+def test_a_session_keeps_to_its_data(options, tmp_path, pairs_folder, capsys):
     options += ["--batch_size", "6", "--num_epochs", "1"]
     train.main(options)
     more = ["--num_epochs", "2", "--clean_dir", str(pairs_folder / "target")]
     assert "was trained on other pictures than there are now" in fails([*options, *more])
     moved = pairs_folder.rename(tmp_path / "moved")
+    options += ["--val_dir", str((tmp_path / "val").rename(tmp_path / "moved_val"))]
     train.main([*options, "--train_dir", os.path.relpath(moved)])
+    assert "chosen anew" not in capsys.readouterr().out
     for folder in ("input", "target"):
         (moved / folder / "5.png").unlink()
     assert "choose another --session" in fails([*options, "--train_dir", str(moved), "--num_epochs", "2"])

@@ -232,6 +232,8 @@ def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypat
     assert "1 of 5 files failed" in message and "c.mov cannot be read as a video" in message
     assert "4 files derained" in capsys.readouterr().out
     assert (tmp_path / "out" / "b.webm.mp4").read_text() == "b.webm 32 True"
+    for _ in range(2):  # the second time the pattern also matches the first result
+        run(f"{tmp_path}/*/a.mp4")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -105,7 +105,7 @@ class Canvas:
 
 
 def ahead(items, count):
-    """Yields an iterator's items, `count` of them later than it takes them."""
+    """Yields an iterator's items, `count` behind the one taken last: what taking an item starts goes on meanwhile."""
     waiting = deque()
     for item in items:
         waiting.append(item)
@@ -310,7 +310,8 @@ def is_current(result, source, settings, folder):
 
 @functools.lru_cache(maxsize=1)
 def load_derainer(weights, changed, gpus, options):
-    """The Derainer of a checkpoint. `changed`, its time of change, makes a newer file be loaded."""
+    """The Derainer of a checkpoint. `changed`, when the file was modified, is there for the cache: a newer file is
+    loaded anew."""
     return Derainer(load_network(weights).to(choose_device(gpus)), **dict(options))
 
 

@@ -1,4 +1,4 @@
-"""Which device computes, and which of how many processes this one is."""
+"""The device that computes, and this process among those of torchrun."""
 
 import contextlib
 import ctypes
@@ -48,15 +48,16 @@ def cpu_warnings(gpus=None):
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > 1 and load + threads > cores + 0.5:
         warnings.append(
-            f"note: other programs keep about {load:.0f} of {cores} cores busy. With more threads than free cores this "
-            f"one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
+            f"note: other programs keep about {min(load, cores):.0f} of {cores} cores busy. With more threads than free cores "
+            f"this one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
         )
     return warnings
 
 
 def print_cpu_warnings(device, gpus):
-    for warning in cpu_warnings(gpus) if device.type == "cpu" else ():
-        print(warning)
+    if device.type == "cpu":
+        for warning in cpu_warnings(gpus):
+            print(warning)
 
 
 def add_gpus(parser):

@@ -104,9 +104,11 @@ def is_running(process):
 @functools.cache  # once per folder: listing a large one for every file would take long
 def remove_abandoned(folder, host):
     """Removes temporary files that killed processes of this machine left in a folder."""
+    if not fcntl:  # on Windows, signal 0 is Ctrl-C
+        return
     pattern = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(host)}-(\d{{1,9}})\.tmp")
     with contextlib.suppress(OSError):  # a folder that cannot be tidied may still be written to
-        for path in folder.iterdir() if fcntl else ():  # on Windows, signal 0 is Ctrl-C
+        for path in folder.iterdir():
             writer = pattern.fullmatch(path.name)
             if writer and not is_running(int(writer[1])):
                 path.unlink(missing_ok=True)
@@ -199,7 +201,9 @@ def append_json(path, content):
 def read_json_lines(path):
     """-> list of what a file of JSON lines holds, without lines that a power failure cut off; [] without the file."""
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    if not path.is_file():
+        return found
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found

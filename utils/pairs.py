@@ -173,7 +173,7 @@ def hold_out(pairs, fraction, seed):
     """Splits pairs into (for training, for validation); all pairs of one clean picture stay together."""
     targets = sorted({pair.target for pair in pairs})
     if len(targets) < 2:
-        raise UserError("--hold_out needs at least two clean pictures.")
+        raise UserError("--hold_out needs at least two clean pictures: add some, or give --val_dir instead.")
     count = min(max(1, round(len(targets) * fraction)), len(targets) - 1)
     held_out = {targets[i] for i in np.random.default_rng(seed).permutation(len(targets))[:count]}
     return [p for p in pairs if p.target not in held_out], [p for p in pairs if p.target in held_out]

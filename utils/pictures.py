@@ -35,7 +35,7 @@ TIFF_TAGS = {  # those that describe the picture and not the file
     *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.DateTime),
     *(ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
-UNREADABLE = "it is damaged, or of a kind that is not read, as HEIC, JPEG XL, camera raw and floating point are"
+UNREADABLE = "it is damaged, or of an unsupported kind, such as HEIC, JPEG XL, camera raw or floating point"
 logger = logging.getLogger(__name__)
 
 
@@ -176,9 +176,10 @@ def from_channels(pixels, metadata={}):  # noqa: B006 (never changed)
 
 def to_channels(picture):
     """Picture -> H×W grey, the mean of the three channels, or H×W×2 to 4, grey or RGB, without or with alpha."""
-    pixels = picture.pixels
+    pixels, dtype = picture.pixels, picture.pixels.dtype
     if picture.grey:
-        pixels = pixels.mean(axis=2).round().astype(pixels.dtype)
+        pixels = pixels.mean(axis=2)
+        pixels = (pixels.round() if np.issubdtype(dtype, np.integer) else pixels).astype(dtype)
     return pixels if picture.alpha is None else np.dstack([pixels, picture.alpha])
 
 
@@ -325,13 +326,13 @@ def write_picture(path, picture, quality=QUALITY):
         raise UserError(f"{path} cannot be written: choose one of the endings {' '.join(sorted(KEEPABLE))}.")
     kind = FORMATS[path.suffix.lower()]
     if pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
-        raise UserError(f"{path} cannot be written, as {kind} holds no 16 bits: choose .png.")
+        raise UserError(f"{path} cannot be written, as {kind} holds no 16 bits: write PNG (omit --keep_format).")
     if picture.alpha is not None and kind in ("JPEG", "BMP"):
-        raise UserError(f"{path} cannot be written, as {kind} holds no alpha: choose .png.")
+        raise UserError(f"{path} cannot be written, as {kind} holds no alpha: write PNG (omit --keep_format).")
     try:
         content = encode(pixels, kind, quality, picture.metadata)
     except Exception as error:  # of many types, for a size or metadata that a format cannot hold
-        raise UserError(f"{path} cannot be written ({error}): choose .png.") from error
+        raise UserError(f"{path} cannot be written ({error}): write PNG (omit --keep_format).") from error
     with atomic_write(path) as file:
         file.write(content)
 

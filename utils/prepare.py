@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import UserError, atomic_path, counted, listed, reports_errors, sentence
+from utils.files import UserError, atomic_write, counted, listed, reports_errors, sentence
 from utils.pairs import Pair, target_names
 from utils.pictures import find_pictures, from_channels, read_picture, to_channels, write_picture
 
@@ -82,8 +82,8 @@ def place(source, destination, copy):
         if not (destination.exists() and filecmp.cmp(source, destination)):
             raise UserError(f"{destination} already exists and is not {source}: remove it or choose another folder.")
     elif copy:
-        with atomic_path(destination) as temporary:
-            shutil.copyfile(source, temporary)
+        with open(source, "rb") as original, atomic_write(destination) as file:
+            shutil.copyfileobj(original, file)
     else:
         destination.parent.mkdir(parents=True, exist_ok=True)
         try:

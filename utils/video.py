@@ -39,8 +39,8 @@ def result_path(clip, output_dir):
 
 
 class Clip:
-    """A video file, open for reading. `damaged` tells whether a part of it could not be read, `length` about how many
-    frames it has. Raises UserError for a file that is missing or no video, and without PyAV."""
+    """A video file, open for reading. `damaged` tells whether a part of it could not be read, `length` estimates its
+    number of frames. Raises UserError for a file that is missing or no video, and without PyAV."""
 
     def __init__(self, path):
         if av is None:
@@ -235,6 +235,8 @@ def derain_files(derainer, outputs, quality=pictures.QUALITY, steady=False, prog
     yield from derainer.files([path for path in outputs if not is_clip(path)], write, progress)
     for path in filter(is_clip, outputs):
         try:
-            yield path, derain_clip(path, outputs[path], derainer, steady, progress)
+            derain_clip(path, outputs[path], derainer, steady, progress)
         except UserError as error:
             yield path, error
+        else:
+            yield path, None

@@ -64,8 +64,8 @@ def load_released(network, dataset, folder=None, mirror=None):
         return fetch(source, path, network)
     except UserError as error:
         raise UserError(
-            f"the weights {network}/{dataset} are not here. {sentence(error)} Download them from\n  {pages_of(fact)}\n"
-            f"and put them at {path}"
+            f"the weights {network}/{dataset} cannot be loaded. {sentence(error)} Download them from\n  "
+            f"{pages_of(fact)}\nand put them at {path}"
         ) from error
 
 
