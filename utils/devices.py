@@ -48,8 +48,8 @@ def cpu_warnings(gpus=None):
     threads, cores = torch.get_num_threads(), usable_cores()
     if threads > 1 and load + threads > cores + 0.5:
         warnings.append(
-            f"note: other programs keep about {min(load, cores):.0f} of {cores} cores busy. With more threads than free cores "
-            f"this one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
+            f"note: other programs keep about {min(load, cores):.0f} of {cores} cores busy. With more threads than "
+            f"free cores this one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
         )
     return warnings
 
