@@ -1,5 +1,6 @@
 import os
 import signal
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -10,6 +11,7 @@ from ablations import build
 from utils.checkpoint import save_checkpoint
 from utils.pictures import write_png
 
+ROOT = Path(__file__).parent.parent
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import make_pairs
+from tests.conftest import ROOT, make_pairs
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer
@@ -26,7 +26,6 @@ import gradio_client  # noqa: E402
 
 import app  # noqa: E402 (it needs Gradio)
 
-ROOT = Path(__file__).parent.parent
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
 
 

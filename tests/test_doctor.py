@@ -1,15 +1,12 @@
 import contextlib
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from tests.conftest import make_pairs
+from tests.conftest import ROOT, make_pairs
 from utils import doctor
 from utils.pictures import Picture, read_image, write_picture, write_png
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 import export
 from ablations import build
-from tests.conftest import make_pairs
+from tests.conftest import ROOT, make_pairs
 from utils.checkpoint import save_checkpoint
 from utils.derain import Derainer
 from utils.pictures import Picture, read_image, write_picture, write_png
@@ -18,7 +17,6 @@ for name in ("onnx", "onnxscript", "onnxruntime"):
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the exporter of PyTorch 2.6 fails")
 
 

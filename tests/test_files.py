@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils import files
 from utils.files import UserError, atomic_path, atomic_write, disk_failed, lock, reports_errors, write_text
 
@@ -28,7 +29,7 @@ def names(folder):
 
 def start_python(code, *arguments):
     command, pipe = [sys.executable, "-c", code, *map(str, arguments)], subprocess.PIPE
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def test_a_file_appears_whole_in_new_folders_and_keeps_what_it_replaces(tmp_path):
@@ -159,12 +160,9 @@ def test_lines_of_json_are_read_without_those_cut_off(tmp_path):
         (lambda: fail(KeyboardInterrupt()), "^130$"),
     ],
 )
-def test_errors_that_a_user_can_mend_are_sentences(function, message):
+def test_errors_that_a_user_can_fix_are_sentences_and_others_keep_their_traceback(function, message):
     with pytest.raises(SystemExit, match=message):
         reports_errors(function)()
-
-
-def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         reports_errors(lambda: fail(RuntimeError("a bug")))()
 

@@ -1,15 +1,12 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 import ablations
+from tests.conftest import ROOT
 from tests.golden import NUMBERS
 from utils import weights
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.files import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def load(name, **options):

@@ -1,15 +1,13 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from evaluations.metrics import psnr_ssim
+from tests.conftest import ROOT
 from utils import rain
 from utils.pairs import find_pairs
 from utils.pictures import find_pictures, read_image, write_png
 from utils.rain import STYLES, add_rain, haze, streak_kernel, streaks
 
-ROOT = Path(__file__).parent.parent
 GREY = np.full((120, 160, 3), 90, np.uint8)
 
 

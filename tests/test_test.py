@@ -16,14 +16,13 @@ from PIL import Image
 import test as script
 from ablations import build
 from evaluations.metrics import psnr_ssim
-from tests.conftest import make_pairs
+from tests.conftest import ROOT, make_pairs
 from utils import video
 from utils.checkpoint import load_network, save_checkpoint
 from utils.derain import Derainer
 from utils.files import UserError
 from utils.pictures import read_image, write_png
 
-ROOT = Path(__file__).parent.parent
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
 
 

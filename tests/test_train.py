@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -14,13 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ablations
 import train
 from dataset_RGB import EpochSampler
-from tests.conftest import make_pairs
+from tests.conftest import ROOT, make_pairs
 from tests.golden import NUMBERS
 from utils import devices
 from utils.checkpoint import load_checkpoint, load_network, save_checkpoint
 from utils.pairs import DATASETS
-
-ROOT = Path(__file__).parent.parent
 
 
 def arguments(pairs, weights, folder):
