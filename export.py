@@ -4,7 +4,7 @@
     python export.py --weights model_best.pth --output rain.onnx --size 256 256 --float16
 
 Input "rainy" and output "derained" are N×3×H×W float32, RGB in [0, 1]; results are not clamped. N is free, H and W are
-any multiples of 16; with --size they are that, and N is 1. Where results differ from PyTorch's by more than 1e-4, or
+any multiples of 16; --size fixes H and W, and N is then 1. Where results differ from PyTorch's by more than 1e-4, or
 2e-2 with --float16, nothing is written and the exit status is 1.
 """
 

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="compile the network, which takes minutes: then faster on GPUs")
     add("--steady", action="store_true", help="clips: damp flicker where nothing moves")
     add("--target_dir", type=Path, help="clean pictures, or a test set's folder: measure PSNR and SSIM")
-    add("--protocol", choices=PROTOCOLS, help="of measuring (default: the test set's in the paper, or rain200)")
+    add("--protocol", choices=PROTOCOLS, help="for PSNR and SSIM (default: the paper's for the test set, or rain200)")
     add("--panel", type=Path, help="with --target_dir: a PNG of rainy, derained and clean side by side")
     args = parser.parse_args(argv)
     if (args.panel or args.protocol) and not args.target_dir:
@@ -104,7 +104,7 @@ def find_targets(found, target_dir):
     matches = [match_by_name(paths, clean, root, clean_root)[0] for paths, root in found]
     targets = {pair.input: pair.target for pairs in matches for pair in pairs}
     if not targets:
-        raise UserError(f"none of the pictures has a clean one of its name in {target_dir}: choose another one.")
+        raise UserError(f"no picture has a clean one of the same name in {target_dir}: choose another --target_dir.")
     return targets, clean
 
 
@@ -213,7 +213,7 @@ def main(argv=None):
         print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
         print_cpu_warnings(device, args.gpus)
         if own and args.ensemble:
-            print("note: these weights were trained mostly on falling rain: --ensemble may lower quality.")
+            print("note: these weights were trained mostly on rain from above: --ensemble may lower quality.")
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])

@@ -311,7 +311,7 @@ class Trainer:
     def restore(self, checkpoint, source):
         """Restores what a checkpoint holds; a published one has only epoch, weights and optimizer."""
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            raise UserError(f"{source} holds weights only: move it away and name it with --pretrain_weights.")
+            raise UserError(f"{source} holds weights only: move it elsewhere and pass it to --pretrain_weights.")
         if checkpoint.get("digest", self.digest) != self.digest:
             raise UserError(
                 f"{self.folder} was trained on other pictures than there are now in --train_dir and --clean_dir: "

@@ -124,7 +124,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.dataset = args.dataset or known_dataset(args.targets) or known_dataset(args.results)
     if not args.protocol and not args.dataset:
-        parser.error("the folders' names tell no data set: give --protocol rain200 or --protocol did")
+        parser.error("the folder names match no known data set: give --protocol rain200 or --protocol did")
     args.protocol = args.protocol or DATASETS[args.dataset].protocol
     return args
 

@@ -102,7 +102,7 @@ def derain_test_set(model, dataset, device, args):
         print(f"{results} has no settings.json: its pictures are measured as they are. Remove them to make new ones.")
         return []
     if not holds_pictures(source):
-        raise UserError(f"{source} is not there, which {model} would derain: {how_to_get(dataset)}")
+        raise UserError(f"{source} does not exist; {model} needs it: {how_to_get(dataset)}")
     net = load_released(model, dataset, args.checkpoints_dir, args.mirror).to(device)
     derainer = Derainer(net, mode="window")
     settings = results_settings(released_path(model, dataset, args.checkpoints_dir), derainer)
@@ -125,7 +125,7 @@ def reproduce_set(dataset, device, args):
     targets, paper = args.data_dir / dataset / "test" / "target", paper_scores(dataset)
     if not holds_pictures(targets):
         rows = [table_row(dataset, method, None, scores) for method, scores in paper.items()]
-        return rows, [f"{targets} is not there: {how_to_get(dataset)}"]
+        return rows, [f"{targets} does not exist: {how_to_get(dataset)}"]
     missing, failed = [], set()
     for model in args.models:
         try:
@@ -187,7 +187,7 @@ def main(argv=None):
     print(f"\n{as_markdown(table)}")
     print(f"written, with the paper's other methods, to {args.output}.md, .csv and .tex")
     if missing:
-        sys.exit(f"error: the table is made, but not all could be measured:{listed(missing, len(missing))}")
+        sys.exit(f"error: the table was written, but not everything could be measured:{listed(missing, len(missing))}")
 
 
 if __name__ == "__main__":

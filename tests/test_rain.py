@@ -84,7 +84,7 @@ def test_the_command_mixes_up_no_names_and_never_replaces_what_it_reads(tmp_path
         with pytest.raises(SystemExit, match="mixed up"):
             rain.main([str(tmp_path / folder), str(tmp_path / "set")])
     write_png(tmp_path / "set" / "target" / "a.png", GREY)
-    with pytest.raises(SystemExit, match="might replace yours"):
+    with pytest.raises(SystemExit, match="might overwrite your pictures"):
         rain.main([str(tmp_path / "set" / "target"), str(tmp_path / "set")])
     assert not (tmp_path / "set" / "input").exists()
     write_png(tmp_path / "photos" / "b.png", GREY)

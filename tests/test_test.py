@@ -137,7 +137,7 @@ def test_psnr_and_ssim_are_printed_written_and_shown(run, tmp_path, capsys, fold
 def test_pairs_that_do_not_fit_are_listed_and_the_others_measured(run, photos, tmp_path, capsys):
     pairs = make_pairs(tmp_path / "pairs", count=3)
     message = failure(run, photos, "--target_dir", pairs / "target")
-    assert f"none of the pictures has a clean one of its name in {pairs / 'target'}" in message
+    assert f"no picture has a clean one of the same name in {pairs / 'target'}" in message
     assert not (tmp_path / "out").exists()
     write_png(pairs / "target" / "0.png", np.zeros((20, 20, 3), np.uint8))
     (pairs / "target" / "1.png").unlink()

@@ -88,7 +88,7 @@ def how_to_get(name):
     return (
         f"{name} ({recipe.train_pairs} training and {recipe.test_pairs} test pairs) can be downloaded {place}. Put "
         f"rainy pictures into Datasets/{name}/train/input and Datasets/{name}/test/input, and clean ones into target/ "
-        "beside; `python -m utils.prepare` does so with the original distributions."
+        "beside each; `python -m utils.prepare` does this for the original distributions."
     )
 
 

@@ -180,7 +180,7 @@ def main(argv=None):
     targets, inputs = args.output / "target", args.output / "input"
     paths, root = find_pictures(args.clean, [targets, inputs])
     if any(root.resolve().is_relative_to(folder.resolve()) for folder in (targets, inputs)):
-        raise UserError(f"the results would be written into {root} and might replace yours: choose another output.")
+        raise UserError(f"results written into {root} might overwrite your pictures: choose another output.")
     names = [str(path.relative_to(root).with_suffix("")) for path in paths]
     versions = range(1, args.versions + 1)
     rainy_names = {f"{name}_{version}" for name in names for version in versions}
