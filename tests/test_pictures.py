@@ -146,7 +146,7 @@ def test_kinds_that_are_not_read_are_refused(tmp_path):
     Image.fromarray(COLOUR).save(tmp_path / "postscript.png", "EPS")  # for which Pillow would start Ghostscript
     assert len(list(tmp_path.iterdir())) == 12
     for path in tmp_path.iterdir():
-        with pytest.raises(UserError, match=rf"{path.name} cannot be read as a picture \(it is .*a kind that is not"):
+        with pytest.raises(UserError, match=rf"{path.name} cannot be read as a picture \(it is .*an unsupported kind"):
             read_picture(path)
 
 
@@ -186,7 +186,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
         (Picture(np.zeros((1, 16_384, 3), np.uint8)), (".webp",)),  # which is too wide
     ):
         for ending in endings:
-            with pytest.raises(UserError, match=rf"a{ending} cannot be written.*choose .*\.png"):
+            with pytest.raises(UserError, match=rf"a{ending} cannot be written.*(choose .*\.png|write PNG)"):
                 write_picture(tmp_path / f"a{ending}", picture)
     assert not any(tmp_path.iterdir())
 
