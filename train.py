@@ -588,9 +588,10 @@ def main(argv=None):
     args = parse_args(argv)
     threading.excepthook = lambda _: None  # TensorBoard's thread would print what the main one raises
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not replaced by the program that calls this function
-            buffer = io.BufferedWriter(Output(getattr(sys, name).fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True))
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # not replaced by the program that calls this function
+            buffer = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
     try:
         with devices.reports_lost_processes():
             Trainer(args).run()
