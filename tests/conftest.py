@@ -18,10 +18,13 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_configure(config):
     """Only tests marked `gpu` see GPUs: all others compare with numbers of the CPU. One thread, here and in the scripts
-    that tests start, lets no sum depend on the number of cores."""
+    that tests start, lets no sum depend on the number of cores. A launcher's variables would make them wait for others.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
     torch.set_num_threads(1)
 
 

@@ -161,18 +161,19 @@ def test_the_app_serves_its_files_alone_and_ends_without_leaving_any(server, tmp
     process, url = server
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     write_png(tmp_path / "a.png", PICTURE)
-    write_png(tmp_path / "long.png", np.zeros((1000, 1000, 3), np.uint8))
+    for number in range(20):
+        write_png(tmp_path / f"long{number}.png", np.zeros((1000, 1000, 3), np.uint8))
     page = gradio_client.client.httpx.get(url).text
     assert not re.search(r'(src|href)="(https?:)?//(?!127)', page), "the page loads something from elsewhere"
     client = gradio_client.Client(url, verbose=False, download_files=str(tmp_path / "downloads"))
     chosen = os.path.relpath(narrow_weights, OWN_WEIGHTS.parent)
-    uploads = [gradio_client.handle_file(tmp_path / name) for name in ("a.png", "long.png")]
+    uploads = [gradio_client.handle_file(path) for path in sorted(tmp_path.glob("*.png"))]
     slider, _, file, status = client.predict(uploads[:1], chosen, "tile", api_name="/derain")
     assert Path(file).name == "a.png" and status.startswith("1 file derained") and len(slider["value"]) == 2
     for path in ("app.py", "checkpoints/nerd_rain_s.pth", "Datasets/demo/test/target/chelsea.png"):
         response = gradio_client.client.httpx.get(f"{url}gradio_api/file={ROOT / path}")
         assert response.status_code == 403, path
-    work = client.submit(uploads[1:] * 20, chosen, "tile", api_name="/derain")
+    work = client.submit(uploads[1:], chosen, "tile", api_name="/derain")
     while not work.done() and not work.status().progress_data:
         time.sleep(0.01)
     assert not work.done() and files_below(tmp_path / "served")
@@ -199,6 +200,7 @@ def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
         ("--port", "99999", "choose another --host or --port"),
     ],
 )
-def test_errors_at_the_start_are_sentences(option, value, message):
+def test_errors_at_the_start_are_sentences(option, value, message, monkeypatch):
+    monkeypatch.setattr(app, "serve", pytest.fail)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit, match=message):
         app.main([option, str(taken.getsockname()[1]) if value == "taken" else value])

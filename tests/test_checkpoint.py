@@ -176,7 +176,7 @@ def test_compressed_checkpoints_are_refused_before_they_are_read(tmp_path, monke
 
 @pytest.mark.parametrize("name, reason", [("none.pth", "does not exist"), ("", r".* \(Is a directory\)")])
 def test_missing_and_unreadable_checkpoints_are_named(tmp_path, name, reason):
-    with pytest.raises(UserError, match=f"{tmp_path / name} {reason}"):
+    with pytest.raises(UserError, match=f"{name} {reason}"):
         load_network(tmp_path / name)
 
 

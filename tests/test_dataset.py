@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.functional import adjust_saturation
 
 from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, to_uint8_tensor
+from tests.conftest import ROOT
 from utils.pairs import find_pairs
 from utils.pictures import write_png
 
@@ -136,5 +137,5 @@ except Exception as error:
     kept = error
     print(type(error).__name__)
 """
-    run = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "UserError\n"), run.stderr

@@ -143,6 +143,8 @@ def test_the_ensemble_turns_with_the_picture(narrow_net):
     back = np.rot90(ensemble(turned)[:, ::-1], -1)
     assert np.abs(back - ensemble(image)).max() < 1e-5
     assert np.abs(np.rot90(plain(turned)[:, ::-1], -1) - plain(image)).max() > 1e-3
+    ensemble.forward = lambda x: x
+    assert np.abs(ensemble(image) - image).max() < 1e-6
 
 
 def test_bfloat16_weights_are_cast_once_and_give_nearly_the_same_picture(narrow_net):
@@ -282,6 +284,8 @@ def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
     write_png("a.png", pixels)
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), derain(pixels, narrow_weights, gpus="cpu"))
+    windows = derain(pixels, narrow_weights, gpus="cpu", mode="window", window=16)
+    assert np.array_equal(windows, Derainer(load_network(narrow_weights), "window", 16)(pixels))
     assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif") and Path("b.tif").exists()
     with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
         derain("results/a.png", narrow_weights, gpus="cpu")

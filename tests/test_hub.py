@@ -2,11 +2,16 @@ import pytest
 import torch
 
 import ablations
+from evaluations.metrics import psnr_ssim
 from tests.conftest import ROOT
 from tests.golden import NUMBERS
 from utils import weights
 from utils.checkpoint import OWN_WEIGHTS, load_network
+from utils.derain import Derainer
 from utils.files import UserError
+from utils.pictures import read_image
+
+DEMO = ROOT / "Datasets" / "demo" / "test"
 
 
 def load(name, **options):
@@ -21,6 +26,9 @@ def test_networks_without_weights():
 def test_own_weights():
     net, own = load("nerd_rain_s", pretrained=True), load_network(OWN_WEIGHTS)
     assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
+    rainy, clean = (read_image(DEMO / name)[:128, :128] for name in ("input/chelsea_2.png", "target/chelsea.png"))
+    derained = Derainer(net, "window", 128)(rainy)
+    assert psnr_ssim(derained, clean, "rain200")[0] > psnr_ssim(rainy, clean, "rain200")[0] + 5
     with pytest.raises(UserError, match=r"no weights of NeRD-Rain; .* pretrained='Rain200L', 'Rain200H'"):
         load("nerd_rain", pretrained=True)
 

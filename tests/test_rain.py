@@ -50,6 +50,15 @@ def test_pictures_of_any_size_get_rain_whose_layers_are_opacities(height, width,
             assert opacity.shape == (height, width) and opacity.min() >= 0 and opacity.max() <= most
 
 
+def test_veil_light_and_camera_change_pictures_without_streaks(monkeypatch):
+    seen = [rain.camera(GREY.astype(np.float32), np.random.default_rng(seed)) for seed in range(200)]
+    assert 80 < sum(np.array_equal(picture, GREY) for picture in seen) < 180  # neither noise nor JPEG artefacts
+    monkeypatch.setattr(rain, "streaks", lambda height, width, *_: np.zeros((height, width), np.float32))
+    monkeypatch.setattr(rain, "camera", lambda picture, rng: picture)
+    assert rain_on(0 * GREY, 0, "deep").max() > 1 and rain_on(0 * GREY, 0, "light").max() == 0
+    assert abs(rain_on(GREY, 0, "shower").mean() - 90) > 0.1
+
+
 @pytest.mark.parametrize("angle", [-30, 0, 20])
 def test_streaks_have_their_direction_length_and_width(angle):
     kernel = streak_kernel(31, 1.5, angle)

@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import json
 import os
 import resource
 import signal
@@ -131,7 +132,8 @@ def test_psnr_and_ssim_are_printed_written_and_shown(run, tmp_path, capsys, fold
     mean = np.mean([row["psnr_derained"] for row in rows.values()])
     assert f"{mean:.2f}" in printed and f"2 pictures; Y channel, protocol {protocol}" in printed
     sheet = read_image(panel)
-    assert sheet.shape[1] > 3 * 48 and sheet.shape[0] > 2 * 40
+    for left, folder in zip((8, 64, 120), (pairs / "input", tmp_path / "out", pairs / "target")):
+        assert np.array_equal(sheet[8:48, left : left + 48], read_image(folder / "0.png"))
 
 
 def test_pairs_that_do_not_fit_are_listed_and_the_others_measured(run, photos, tmp_path, capsys):
@@ -216,6 +218,8 @@ def test_existing_results_are_kept_if_made_with_the_same_weights_and_settings(ru
     assert remade() and not remade()
     for options in (("--weights", other_weights), ("--steady",), ()):
         assert remade(*options) and not remade(*options)
+    for name in ("bf16", "ensemble"):
+        assert remade(f"--{name}") and json.loads((tmp_path / "out" / "settings.json").read_text())[name]
 
 
 def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypatch, capsys):
