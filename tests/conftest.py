@@ -47,6 +47,13 @@ def make_pairs(root, count=6, size=(40, 48), seed=0):
     return root
 
 
+def failure(function, *arguments):
+    """-> the sentence or the status that a script ends with."""
+    with pytest.raises(SystemExit) as caught:
+        function(*arguments)
+    return str(caught.value.code)
+
+
 @pytest.fixture
 def pairs_folder(tmp_path):
     return make_pairs(tmp_path / "pairs")

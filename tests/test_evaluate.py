@@ -7,7 +7,7 @@ import pytest
 
 from evaluations import evaluate
 from evaluations.metrics import psnr_ssim
-from tests.conftest import make_pairs
+from tests.conftest import failure, make_pairs
 from utils.pairs import Pair
 from utils.pictures import read_image, write_png
 
@@ -22,12 +22,6 @@ def folders(tmp_path):
 
 def run(results, targets, *options):
     evaluate.main(["--results", str(results), "--targets", str(targets), *options])
-
-
-def failure(*args):
-    with pytest.raises(SystemExit) as caught:
-        run(*args)
-    return str(caught.value.code)
 
 
 @pytest.mark.parametrize("protocol", ["rain200", "did"])
@@ -57,7 +51,7 @@ def test_missing_extra_broken_unequal_and_doubled_pictures_are_listed(folders, c
     (results / "2.png").write_bytes(b"broken")
     write_png(results / "3.png", np.zeros((20, 20, 3), np.uint8))
     shutil.copy(results / "4.png", results / "4.bmp")
-    message = failure(results, targets, "--protocol", "rain200")
+    message = failure(run, results, targets, "--protocol", "rain200")
     assert "the results are not complete" in message and "--go_on averages over 7 pictures" in message
     assert f"{results / '0.png'} has no clean picture" in message
     assert f"{targets / '1.png'} has 0 derained pictures" in message
@@ -75,7 +69,7 @@ def test_data_sets_set_the_protocol_and_the_number_of_pictures(folders, tmp_path
         shutil.copytree(targets, tmp_path / "Rain12" / layout, dirs_exist_ok=True)
         run(results, tmp_path / "Rain12")
         assert "12 of the 12 pictures of Rain12, protocol rain200" in capsys.readouterr().out
-    message = failure(results, targets, "--dataset", "DDN-Data")
+    message = failure(run, results, targets, "--dataset", "DDN-Data")
     assert "12 of the 1400 pictures of DDN-Data can be measured" in message and "--go_on" in message
     run(results, targets, "--dataset", "DDN-Data", "--go_on")
     assert "protocol did" in capsys.readouterr().out
@@ -83,7 +77,7 @@ def test_data_sets_set_the_protocol_and_the_number_of_pictures(folders, tmp_path
     run(results, targets, "--protocol", "did")
     mean = json.loads((results / "evaluation_did.json").read_text())["mean"]
     assert mean["psnr"] is None and 0 < mean["ssim"] < 1  # JSON has no infinity
-    assert failure(results, targets) == "2"
+    assert failure(run, results, targets) == "2"
     assert "give --protocol rain200" in capsys.readouterr().err
 
 
@@ -93,7 +87,7 @@ def test_one_folder_with_both_as_the_matlab_scripts_expect(tmp_path):
     pairs, (problem,) = evaluate.pair_results(tmp_path, tmp_path)
     assert pairs == [Pair(tmp_path / "0_DR.png", tmp_path / "0_GT.png")] and "3_DR.png has no clean picture" in problem
     (tmp_path / "0_GT.png").unlink()
-    assert "N_DR and N_GT" in failure(tmp_path, tmp_path, "--protocol", "did")
+    assert "N_DR and N_GT" in failure(run, tmp_path, tmp_path, "--protocol", "did")
 
 
 def test_a_missing_one_of_several_results_of_a_scene_is_noticed(tmp_path):

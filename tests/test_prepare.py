@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.conftest import failure
 from utils import prepare
 from utils.pairs import find_pairs
 from utils.pictures import from_channels, read_picture, to_channels, write_picture, write_png
@@ -31,12 +32,6 @@ def make(root, files):
 
 def run(*arguments):
     prepare.main([str(argument) for argument in arguments])
-
-
-def failure(*arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    return str(caught.value.code)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -75,11 +70,13 @@ def test_halves_that_cannot_be_split_are_named(tmp_path):
     write_png(source / "1.png", image)
     write_png(source / "2.png", image[:, :41])
     (source / "3.png").write_bytes(b"broken")
-    message = failure(source, tmp_path / "set", "--clean_half", "left")
+    message = failure(run, source, tmp_path / "set", "--clean_half", "left")
     assert "2 pictures left out" in message and "2.png is 41 pixels wide" in message and "3.png cannot" in message
     assert len(find_pairs(tmp_path / "set")) == 1
     first = (tmp_path / "set" / "target" / "1.png").read_bytes()
-    assert "already exists and is not a half" in failure(source / "1.png", tmp_path / "set", "--clean_half", "right")
+    assert "already exists and is not a half" in failure(
+        run, source / "1.png", tmp_path / "set", "--clean_half", "right"
+    )
     assert (tmp_path / "set" / "target" / "1.png").read_bytes() == first
 
 
@@ -92,7 +89,7 @@ def test_a_list_of_pairs_is_followed(tmp_path):
     assert pairs == [[tmp_path / rainy, tmp_path / clean] for rainy, clean in files.items()]
     for content in (b"a/7.png b/none.png", b"a/7.png", b"PK\x03\x04\xff\xfe"):
         (tmp_path / "list.txt").write_bytes(content)
-        assert "list.txt, line 1: " in failure(tmp_path / "list.txt", tmp_path / "other")
+        assert "list.txt, line 1: " in failure(run, tmp_path / "list.txt", tmp_path / "other")
 
 
 @pytest.mark.parametrize("options, count", [([], 1), (["--copy"], 1), (["--clean_half", "left"], 2)])
@@ -107,19 +104,19 @@ def test_what_does_not_fit_is_named_and_what_is_there_is_never_replaced(tmp_path
     source, existing = tmp_path / "source", tmp_path / "set" / "input" / "901_1.jpg"
     make(source, DISTRIBUTIONS["DDN-Data"])
     (source / "ground_truth" / "902.jpg").unlink()
-    assert "14 pictures left out" in failure(source, tmp_path / "set")
+    assert "14 pictures left out" in failure(run, source, tmp_path / "set")
     assert len(find_pairs(tmp_path / "set")) == 14
     existing.unlink()
     existing.write_bytes(b"as it was")
     for options in ([], ["--copy"]):
-        assert "already exists" in failure(source, tmp_path / "set", *options)
+        assert "already exists" in failure(run, source, tmp_path / "set", *options)
     assert existing.read_bytes() == b"as it was"
     (source / "rainy_image" / "901_1.jpg").unlink()
     (source / "rainy_image" / "901_1.jpg").symlink_to("nowhere")
     existing.unlink()
-    assert "901_1.jpg cannot be used (No such file" in failure(source, tmp_path / "set", "--copy")
+    assert "901_1.jpg cannot be used (No such file" in failure(run, source, tmp_path / "set", "--copy")
     shutil.rmtree(source / "ground_truth")
-    assert "matches none of the layouts" in failure(source, tmp_path / "other")
+    assert "matches none of the layouts" in failure(run, source, tmp_path / "other")
     make(tmp_path / "both", {f"{part}/input/1.png": f"{part}/target/1.png" for part in ("train", "test")})
-    assert "have the same name" in failure(tmp_path / "both", tmp_path / "other")
+    assert "have the same name" in failure(run, tmp_path / "both", tmp_path / "other")
     assert not (tmp_path / "other").exists()

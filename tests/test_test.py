@@ -17,7 +17,7 @@ from PIL import Image
 import test as script
 from ablations import build
 from evaluations.metrics import psnr_ssim
-from tests.conftest import ROOT, make_pairs
+from tests.conftest import ROOT, failure, make_pairs
 from utils import video
 from utils.checkpoint import load_network, save_checkpoint
 from utils.derain import Derainer
@@ -49,12 +49,6 @@ def run(tmp_path, narrow_weights):
         return [name for name in names if name != "settings.json"]
 
     return run_script
-
-
-def failure(run, *args):
-    with pytest.raises(SystemExit) as caught:
-        run(*args)
-    return str(caught.value.code)
 
 
 def measured(folder):
