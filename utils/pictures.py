@@ -36,6 +36,7 @@ TIFF_TAGS = {  # those that describe the picture and not the file
     *(ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
 UNREADABLE = "it is damaged, or of an unsupported kind, such as HEIC, JPEG XL, camera raw or floating point"
+WRITE_PNG = "write PNG, as test.py does without --keep_format."
 logger = logging.getLogger(__name__)
 
 
@@ -326,13 +327,13 @@ def write_picture(path, picture, quality=QUALITY):
         raise UserError(f"{path} cannot be written: choose one of the endings {' '.join(sorted(KEEPABLE))}.")
     kind = FORMATS[path.suffix.lower()]
     if pixels.dtype == np.uint16 and kind not in ("PNG", "TIFF"):
-        raise UserError(f"{path} cannot be written, as {kind} holds no 16 bits: write PNG (omit --keep_format).")
+        raise UserError(f"{path} cannot be written, as {kind} holds no 16 bits: {WRITE_PNG}")
     if picture.alpha is not None and kind in ("JPEG", "BMP"):
-        raise UserError(f"{path} cannot be written, as {kind} holds no alpha: write PNG (omit --keep_format).")
+        raise UserError(f"{path} cannot be written, as {kind} holds no alpha: {WRITE_PNG}")
     try:
         content = encode(pixels, kind, quality, picture.metadata)
     except Exception as error:  # of many types, for a size or metadata that a format cannot hold
-        raise UserError(f"{path} cannot be written ({error}): write PNG (omit --keep_format).") from error
+        raise UserError(f"{path} cannot be written ({error}): {WRITE_PNG}") from error
     with atomic_write(path) as file:
         file.write(content)
 
