@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add_gpus(parser)
     add("--mode", choices=MODES, help="default: window for test sets and with --target_dir, tile for other pictures")
     add("--win_size", type=int, default=WINDOW, help="side of windows and tiles (default: %(default)s)")
-    add("--ensemble", action="store_true", help="mean of the eight turned and mirrored pictures")
+    add("--ensemble", action="store_true", help="mean of the results of the picture and its three mirror images")
     add("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
     add("--compile", action="store_true", help="compile the network, which takes minutes: then faster on GPUs")
     add("--steady", action="store_true", help="clips: damp flicker where nothing moves")
@@ -208,12 +208,9 @@ def main(argv=None):
     mode = args.mode or ("window" if args.target_dir or plan.test_sets else "tile")
     derainer = Derainer(net, mode, args.win_size, args.bf16, args.ensemble, args.compile)
     if rank == 0:
-        own = args.weights == OWN_WEIGHTS
-        weights = "our own weights" if own else args.weights
+        weights = "our own weights" if args.weights == OWN_WEIGHTS else args.weights
         print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
         print_cpu_warnings(device, args.gpus)
-        if own and args.ensemble:
-            print("note: these weights were trained mostly on rain from above: --ensemble may lower quality.")
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])

@@ -281,11 +281,10 @@ def test_earlier_results_in_the_input_folder_are_no_inputs(run, photos, capsys):
         assert "3 files derained" in (printed := capsys.readouterr().out) and "skipped" not in printed
 
 
-def test_notes_are_printed(run, photos, narrow_weights, monkeypatch, capsys):
+def test_warnings_are_printed(run, photos, monkeypatch, capsys):
     monkeypatch.setattr("utils.devices.cpu_warnings", lambda gpus: [f"WARNING: {gpus}"])
-    monkeypatch.setattr(script, "OWN_WEIGHTS", narrow_weights)
-    run(photos / "a.png", "--ensemble", "--gpus", "cpu")
-    assert "\nWARNING: cpu\n" in (printed := capsys.readouterr().out) and "--ensemble may lower quality" in printed
+    run(photos / "a.png", "--gpus", "cpu")
+    assert "\nWARNING: cpu\n" in capsys.readouterr().out
 
 
 def test_wrong_outputs_and_options_are_named(run, photos, tmp_path, capsys):
