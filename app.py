@@ -15,13 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer
 from utils.devices import add_gpus, choose_device, print_cpu_warnings
-from utils.files import UserError, counted, listed, out_of_memory, reports_errors, sentence
+from utils.files import UserError, counted, listed, out_of_memory, reports_errors
 from utils.pictures import CLIP_ENDINGS, ENDINGS, read_image
 from utils.video import count_frames, derain_files, is_clip, result_path
 
@@ -70,7 +70,7 @@ def derain_uploads(uploads, folder, derainer, watch):
     try:
         for _, error in derain_files(derainer, outputs, progress=progress):
             if error:
-                problems.append(sentence(error))
+                problems.append(str(error))
     except Stopped as error:
         problems.append(str(error))
     for path, output in outputs.items():  # visitors know the names alone
@@ -124,7 +124,7 @@ def build(device, weights, seconds, stops):
                 derainer = Derainer(load_network(weights[name]).to(device), mode)
                 results, problems = derain_uploads(uploads, folder, derainer, watch)
             except UserError as error:
-                problems = [sentence(error)]
+                problems = [str(error)]
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -217,7 +217,6 @@ def main(argv=None):
     except (OSError, OverflowError) as error:
         raise UserError(f"{args.host} cannot be used ({error}): choose another --host or --port.") from error
     pictures.MOST_PIXELS = args.max_megapixels * 10**6
-    EpsImagePlugin.gs_binary = False  # PostScript is a programming language: what visitors send is not run
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},localhost,{args.host}"  # Gradio asks its own page
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -1,10 +1,10 @@
 """The training losses of NeRD-Rain. They work in float32 whatever the network's precision, on any device."""
 
-from types import MappingProxyType
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+WEIGHTS = {"charbonnier": 1.0, "fft": 0.01, "edge": 0.05, "l1": 0.1}
 
 
 def charbonnier(x, y, eps=1e-3):
@@ -68,8 +68,7 @@ class DerainLoss(nn.Module):
     INR renderings, and their weighted "total", which is to be minimised.
     """
 
-    weights = MappingProxyType({"charbonnier": 1.0, "fft": 0.01, "edge": 0.05, "l1": 0.1})
-    terms = (*weights, "total")
+    terms = (*WEIGHTS, "total")
 
     def __init__(self):
         super().__init__()
@@ -88,7 +87,7 @@ class DerainLoss(nn.Module):
                 "edge": sum(self.edge_distance(x, y) for x, y in scales),
                 "l1": sum((F.l1_loss(x, clean) for x, clean in renderings), target.new_zeros(())),
             }
-            return losses | {"total": sum(self.weights[name] * loss for name, loss in losses.items())}
+            return losses | {"total": sum(WEIGHTS[name] * loss for name, loss in losses.items())}
 
     @staticmethod
     def beside_clean(rendering, targets):

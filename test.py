@@ -28,7 +28,7 @@ from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device, print_cpu_warnings
-from utils.files import UserError, counted, disk_failed, listed, reports_errors, sentence, write_csv
+from utils.files import UserError, counted, disk_failed, listed, reports_errors, write_csv
 from utils.pairs import DATASETS, Pair, known_dataset, match_by_name
 from utils.pictures import find_pictures, read_image
 from utils.video import count_frames, derain_files, is_clip, result_path
@@ -161,7 +161,7 @@ def measure(outputs, targets, protocol):
             rainy, clean = Pair(path, targets[path]).read()
             derained, _ = Pair(outputs[path], targets[path]).read()
         except UserError as error:
-            return sentence(error)
+            return str(error)
         return path, *psnr_ssim(rainy, clean, protocol), *psnr_ssim(derained, clean, protocol)
 
     with ThreadPoolExecutor() as pool:  # decoding and filtering release the interpreter's lock
@@ -214,12 +214,10 @@ def main(argv=None):
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])
-    kept, new = [], {}
-    for path, output in outputs.items():
-        if args.skip_existing and is_current(output, path, settings, plan.folder):
-            kept.append(path)
-        else:
-            new[path] = output
+    kept, new = {}, outputs
+    if args.skip_existing:
+        kept = {path: output for path, output in outputs.items() if is_current(output, path, settings, plan.folder)}
+        new = {path: output for path, output in outputs.items() if path not in kept}
     done, failures = [], [] if rank else list(plan.failures)
     total = len(outputs) + len(failures)
     if new:
@@ -236,7 +234,7 @@ def main(argv=None):
             elif disk_failed(error):
                 raise error
             else:
-                failures.append(sentence(error))
+                failures.append(str(error))
     if done or kept:
         where = next(iter(outputs.values())) if len(outputs) == 1 else plan.folder
         kept_too = f", {len(kept):,} kept" if kept else ""

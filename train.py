@@ -12,7 +12,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import json
 import math
 import os
 import signal
@@ -201,10 +200,6 @@ def learning_rates(num_epochs, lr, no_zero_epoch=False):
     return rates[int(no_zero_epoch) :]
 
 
-def write_json_lines(path, lines):
-    files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
-
-
 class Output(io.FileIO):
     """A terminal or pipe that may be closed at any moment: what is printed then is lost, and the run is not."""
 
@@ -370,8 +365,8 @@ class Trainer:
                 print(f"changed since the last start: --{name} {args[name]} (was {last[name]})")
         run = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "arguments": args, **files.software()}
         run |= {"cuda": torch.version.cuda, "device": device, "processes": self.world}
-        write_json_lines(records, [*runs, run])
-        write_json_lines(log, [line for line in files.read_json_lines(log) if line["epoch"] <= self.epoch])
+        files.write_json_lines(records, [*runs, run])
+        files.write_json_lines(log, [line for line in files.read_json_lines(log) if line["epoch"] <= self.epoch])
 
     def end_if_asked(self):
         """Saves and ends the process if any process of the run was asked to."""

@@ -61,11 +61,11 @@ def of_expected(count, dataset):
     return f"{count} of the {DATASETS[dataset].test_pairs} pictures of {dataset}"
 
 
-def measure(results, targets, protocol, dataset=None):
+def measure(results, targets, scores, dataset=None):
     """Measures the derained pictures in `results` against the clean ones in `targets`.
 
-    Returns a list of (path below `results`, values of COLUMNS), and a list of sentences on pictures that are missing,
-    superfluous or broken, and on a number of pictures that is not the data set's.
+    Returns a list of (path below `results`, what scores(result, target) returns), and a list of sentences on pictures
+    that are missing, superfluous or broken, and on a number of pictures that is not the data set's.
     """
     pairs, problems = pair_results(results, targets)
 
@@ -74,7 +74,7 @@ def measure(results, targets, protocol, dataset=None):
             result, target = pair.read()
         except UserError as error:
             return error
-        return [*psnr_ssim(result, target, protocol), *other_conventions(result, target).values()]
+        return scores(result, target)
 
     with ThreadPoolExecutor() as pool:  # decoding and filtering release the interpreter's lock
         outcomes = pool.map(measure_pair, pairs)
@@ -91,7 +91,7 @@ def measure(results, targets, protocol, dataset=None):
 
 
 def summarise(rows):
-    """Prints the mean, the standard deviation and the worst of rows as from `measure` -> dict of the same."""
+    """Prints the mean, the standard deviation and the worst of rows with values of COLUMNS -> dict of the same."""
     values = np.array([values for _, values in rows])
     with np.errstate(invalid="ignore"):  # infinite PSNR has no standard deviation
         spread = {"mean": values.mean(axis=0), "standard deviation": values.std(axis=0)}
@@ -132,7 +132,11 @@ def parse_args(argv=None):
 @reports_errors
 def main(argv=None):
     args = parse_args(argv)
-    rows, problems = measure(args.results, args.targets, args.protocol, args.dataset)
+
+    def scores(result, target):
+        return [*psnr_ssim(result, target, args.protocol), *other_conventions(result, target).values()]
+
+    rows, problems = measure(args.results, args.targets, scores, args.dataset)
     average = of_expected(len(rows), args.dataset)
     if problems and not (rows and args.go_on):
         hint = f"\n--go_on averages over {average} all the same." if rows else ""

@@ -8,10 +8,10 @@ Result pictures of any method in results/<method>/<data set>/ are measured, too.
 """
 
 import argparse
-import csv
 import itertools
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 from evaluations.evaluate import measure, of_expected
+from evaluations.metrics import psnr_ssim
 from utils.derain import SETTINGS, Derainer, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device
-from utils.files import UserError, disk_failed, listed, reports_errors, sentence, software, write_csv, write_text
+from utils.files import UserError, disk_failed, listed, reports_errors, software, write_csv, write_text
 from utils.pairs import DATASETS, how_to_get
-from utils.pictures import find_pictures, is_picture, write_picture
-from utils.weights import RELEASED, load_released, released_path
+from utils.pictures import find_pictures, is_picture
+from utils.weights import load_released, read_facts, released_path
 
 SETS = ("Rain200L", "Rain200H", "DID-Data", "DDN-Data", "SPA-Data")
 MODELS = ("NeRD-Rain-S", "NeRD-Rain")
@@ -32,11 +33,6 @@ HEADER = ("method", "PSNR", "paper", "difference", "SSIM", "paper", "difference"
 FORMATS = {"psnr": ".2f", "paper_psnr": ".2f", "psnr_difference": "+.2f"}
 FORMATS |= {"ssim": ".4f", "paper_ssim": ".4f", "ssim_difference": "+.4f"}
 COLUMNS = ("dataset", "protocol", "method", *FORMATS, "pictures", "expected_pictures")
-
-
-def read_facts(name):
-    with open(Path(__file__).with_name(name), newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def paper_scores(dataset):
@@ -103,20 +99,19 @@ def derain_test_set(model, dataset, device, args):
         return []
     if not holds_pictures(source):
         raise UserError(f"{source} does not exist; {model} needs it: {how_to_get(dataset)}")
-    net = load_released(model, dataset, args.checkpoints_dir, args.mirror).to(device)
+    net = load_released(model, dataset, args.mirror).to(device)
     derainer = Derainer(net, mode="window")
-    settings = results_settings(released_path(model, dataset, args.checkpoints_dir), derainer)
+    settings = results_settings(released_path(model, dataset), derainer)
     remember_settings(results, settings)
     paths, root = find_pictures(source)
     outputs = {path: (results / path.relative_to(root)).with_suffix(".png") for path in paths}
     outputs = {path: output for path, output in outputs.items() if not is_current(output, path, settings, results)}
-    derained = derainer.files(outputs, lambda path, _, result: write_picture(outputs[path], result))
-    problems = []
+    derained, problems = derainer.files(outputs), []
     for _, error in tqdm(derained, f"{model} on {dataset}", len(outputs), unit="picture", disable=None):
-        if isinstance(error, UserError):
+        if error:
             if disk_failed(error):
                 raise error
-            problems.append(sentence(error))
+            problems.append(str(error))
     return problems
 
 
@@ -132,7 +127,7 @@ def reproduce_set(dataset, device, args):
             problems = derain_test_set(model, dataset, device, args)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             failed.add(model)  # what lies in its folder may be of other weights
-            missing.append(f"{model} on {dataset} was not derained: {sentence(error)}")
+            missing.append(f"{model} on {dataset} was not derained: {error}")
         else:
             missing += [f"{model} on {dataset}: {problem}" for problem in problems[:3]]
     found = {path.parent.name: path for path in sorted(args.results_dir.glob(f"*/{dataset}")) if holds_pictures(path)}
@@ -140,9 +135,10 @@ def reproduce_set(dataset, device, args):
     for method in dict.fromkeys([*paper, *found]):
         measured, problems, ours = [], [], None
         if method in found and method not in failed:
-            measured, problems = measure(found[method], targets, DATASETS[dataset].protocol, dataset)
+            scores = partial(psnr_ssim, protocol=DATASETS[dataset].protocol)
+            measured, problems = measure(found[method], targets, scores, dataset)
         if measured:
-            ours = np.mean([values[:2] for _, values in measured], axis=0).tolist()
+            ours = np.mean([values for _, values in measured], axis=0).tolist()
             print(f"{method}: {ours[0]:.4f} dB, {ours[1]:.6f}, {of_expected(len(measured), dataset)}")
         if problems:
             missing.append(f"{method} on {dataset} is not complete:{listed(problems, 3)}")
@@ -169,7 +165,6 @@ def main(argv=None):
     add("--models", nargs="*", choices=MODELS, default=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     add("--data_dir", type=Path, default=Path("Datasets"), help="<set>/test/input and target (default: %(default)s)")
     add("--results_dir", type=Path, default=Path("results"), help="<method>/<set>/ (default: %(default)s)")
-    add("--checkpoints_dir", type=Path, default=RELEASED, help="<model>/<set>.pth (default: %(default)s)")
     add("--mirror", help="folder or URL with <model>/<set>.pth, instead of Google Drive")
     add("--output", type=Path, default=Path("results/table"), help="of .md, .csv and .tex (default: %(default)s)")
     add_gpus(parser)

@@ -17,7 +17,7 @@ from tests.golden import ARRAYS, golden_input, golden_network
 from utils.checkpoint import load_network, save_checkpoint
 from utils.derain import MODES, Derainer, derain, is_current, remember_settings, results_settings
 from utils.files import UserError
-from utils.pictures import read_image, write_png
+from utils.pictures import read_image, write_picture, write_png
 
 
 @pytest.fixture(scope="module")
@@ -185,27 +185,31 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(narrow_net, monkeypatch
     assert "uncompiled, as torch.compile failed: no compiler" in caplog.text and "more" not in caplog.text
 
 
-def test_files_are_read_ahead_and_finished_behind(narrow_net, tmp_path):
+def test_files_are_read_ahead_and_written_behind(narrow_net, tmp_path, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(7)]
+    outputs = {path: tmp_path / "out" / path.name for path in paths}
     for i, path in enumerate(paths):
         write_png(path, random_picture(20, 30, i))
     paths[2].write_bytes(b"broken")
 
-    def finish(path, picture, result):
-        assert np.array_equal(picture.pixels, read_image(path))
-        if path == paths[4]:
+    def write_or_fail(path, result, quality):
+        if path == outputs[paths[4]]:
             raise UserError("full")
-        return result.pixels
+        write_picture(path, result, quality)
 
+    monkeypatch.setattr("utils.derain.write_picture", write_or_fail)
     derainer = Derainer(narrow_net)
     for derainer.threads in (1, 3):
         shares = []
-        results = dict(derainer.files(paths, finish, shares.append))
-        assert set(results) == set(paths) and sum(shares) == pytest.approx(7)
-        assert "2.png cannot be read" in str(results[paths[2]]) and str(results[paths[4]]) == "full"
-        assert all(np.array_equal(results[paths[i]], derainer(read_image(paths[i]))) for i in (0, 1, 3, 5, 6))
+        errors = dict(derainer.files(outputs, progress=shares.append))
+        assert set(errors) == set(paths) and sum(shares) == pytest.approx(7)
+        assert "2.png cannot be read" in str(errors.pop(paths[2])) and str(errors.pop(paths[4])) == "full"
+        for path, error in errors.items():
+            assert error is None and np.array_equal(read_image(outputs[path]), derainer(read_image(path)))
+            outputs[path].unlink()
+    monkeypatch.setattr("utils.derain.write_picture", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # an unexpected failure is not swallowed
-        list(derainer.files(paths[:1], lambda *_: 1 / 0))
+        list(derainer.files(outputs))
 
 
 def test_options_that_do_not_fit_are_refused(narrow_net):

@@ -10,16 +10,17 @@ from evaluations import reproduce
 from evaluations.metrics import psnr_ssim
 from evaluations.reproduce import SETS, as_latex, as_markdown, paper_scores, table_row
 from tests.conftest import make_pairs
+from utils import weights
 from utils.checkpoint import save_checkpoint
 from utils.pairs import DATASETS, find_pairs
 from utils.pictures import read_image, write_picture
-from utils.weights import released_weights
 
 
 @pytest.fixture
 def toy(tmp_path, narrow_weights, monkeypatch):
     """A toy copy of the five sets, with two pictures each, and a mirror with weights of a narrow NeRD-Rain-S."""
     monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
+    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
     (tmp_path / "mirror" / "NeRD-Rain-S").mkdir(parents=True)
     for seed, name in enumerate(SETS):
         monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(test_pairs=2))
@@ -31,7 +32,7 @@ def toy(tmp_path, narrow_weights, monkeypatch):
 def run(toy, *datasets):
     """-> dict of (data set, method) -> row of the table, the Markdown, what the command said at its end."""
     arguments, message = ["--gpus", "cpu", "--models", "NeRD-Rain-S", "--datasets", *(datasets or SETS)], ""
-    for option in ("data_dir", "results_dir", "checkpoints_dir", "mirror", "output"):
+    for option in ("data_dir", "results_dir", "mirror", "output"):
         arguments += [f"--{option}", str(toy / option)]
     try:
         reproduce.main(arguments)
@@ -62,12 +63,12 @@ def test_results_are_made_again_only_if_they_are_missing_or_of_other_weights(toy
     kept = (folder / "0.png").stat().st_mtime_ns
     assert run(toy, "Rain200L")[0]["Rain200L", "NeRD-Rain-S"] == first
     assert (folder / "0.png").stat().st_mtime_ns == kept
-    weights = toy / "checkpoints_dir/NeRD-Rain-S/Rain200L.pth"
+    path = toy / "released/NeRD-Rain-S/Rain200L.pth"
     torch.manual_seed(1)
-    save_checkpoint(weights, state_dict=ablations.build(8, (1, 1, 1)).state_dict())
+    save_checkpoint(path, state_dict=ablations.build(8, (1, 1, 1)).state_dict())
     rows, _, message = run(toy, "Rain200L")
     assert not message and rows["Rain200L", "NeRD-Rain-S"]["psnr"] != first["psnr"]
-    weights.write_bytes(b"damaged")
+    path.write_bytes(b"damaged")
     rows, _, message = run(toy, "Rain200L")  # whose results these are cannot be told any more
     assert "cannot be read as a checkpoint" in message and rows["Rain200L", "NeRD-Rain-S"]["psnr"] == ""
 
@@ -109,12 +110,12 @@ def test_what_is_missing_is_listed_and_the_rest_is_measured(toy):
 def test_what_fails_in_one_set_does_not_lose_the_others(toy, monkeypatch):
     errors = {"DID-Data": OSError("no space"), "SPA-Data": torch.OutOfMemoryError("too small")}
 
-    def write_or_fail(path, picture):
+    def write_or_fail(path, picture, quality):
         if path.parent.name in errors:
             raise errors[path.parent.name]
-        write_picture(path, picture)
+        write_picture(path, picture, quality)
 
-    monkeypatch.setattr(reproduce, "write_picture", write_or_fail)
+    monkeypatch.setattr("utils.derain.write_picture", write_or_fail)
     rows, _, message = run(toy, "DID-Data", "SPA-Data", "Rain200L")
     for name, error in errors.items():
         assert f"NeRD-Rain-S on {name} was not derained: {error}" in message and not rows[name, "NeRD-Rain-S"]["psnr"]
@@ -124,7 +125,7 @@ def test_what_fails_in_one_set_does_not_lose_the_others(toy, monkeypatch):
 def test_facts_are_complete():
     assert all(len(paper_scores(name)) == 16 for name in SETS)
     assert paper_scores("Rain200L")["NeRD-Rain"] == (41.71, 0.9903)
-    assert set(released_weights()) >= {(model, name) for model in reproduce.MODELS for name in SETS}
+    assert set(weights.released_weights()) >= {(model, name) for model in reproduce.MODELS for name in SETS}
 
 
 def test_tables_mark_what_is_the_papers_and_what_is_incomplete():

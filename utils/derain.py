@@ -20,7 +20,7 @@ from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device, strict_float32, usable_cores
 from utils.files import UserError, write_json
-from utils.pictures import from_channels, peak_value, read_picture, reflect_pad, to_channels
+from utils.pictures import QUALITY, from_channels, peak_value, read_picture, reflect_pad, to_channels, write_picture
 
 MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
@@ -53,14 +53,15 @@ def window_spans(side, window):
     return [(start, np.float32(np.arange(start, start + window) >= end)) for start, end in zip(starts, ends)]
 
 
-def tile_spans(side, tile, overlap):
-    """Evenly spread tiles along one side, with at least that overlap -> list of (start, weights of its pixels).
+def tile_spans(side, tile):
+    """Evenly spread tiles along one side that overlap by at least an eighth -> list of (start, weights of its pixels).
 
     Weights fade linearly over an overlap; those of all tiles sum to 1 in every pixel."""
-    count = max(1, -(-(side - overlap) // (tile - overlap)))
+    overlap = tile // 8
+    count = -(-(side - overlap) // (tile - overlap))
     starts = [round(start) for start in np.linspace(0, side - tile, count)]
     edge_distance = np.minimum(np.arange(tile) + 0.5, np.arange(tile)[::-1] + 0.5)
-    fade = np.minimum(edge_distance / max(overlap, 0.5), 1)
+    fade = np.minimum(edge_distance / overlap, 1)
     total = np.zeros(side)
     for start in starts:
         total[start : start + tile] += fade
@@ -205,7 +206,7 @@ class Derainer:
         alone = side < self.window or self.mode == "whole"
         size = -(-side // MULTIPLE) * MULTIPLE if alone else self.window
         side = max(side, size)
-        return tile_spans(side, size, size // 8) if self.mode == "tile" else window_spans(side, size)
+        return tile_spans(side, size) if self.mode == "tile" else window_spans(side, size)
 
     def batches(self, pictures):
         """Iterable of (key, picture) -> lists of (canvas, window), windows of one size, also of several pictures."""
@@ -249,14 +250,14 @@ class Derainer:
                 if canvas.added == canvas.count:
                     yield canvas.key, canvas.result
 
-    def files(self, paths, finish, progress=None):
-        """Derains picture files -> yields (path, what finish(path, picture, result) returned, given two Pictures), or
-        the UserError that it or reading raised. Threads read ahead of the network and finish behind it."""
+    def files(self, outputs, quality=QUALITY, progress=None):
+        """Derains picture files, a dict of path: path of the result -> yields (path, UserError or None). Threads read
+        ahead of the network and write behind it."""
         unreadable = []
         with ThreadPoolExecutor(self.threads) as pool:
 
             def read():
-                for path, reading in ahead(((path, pool.submit(read_picture, path)) for path in paths), self.threads):
+                for path, reading in ahead(((path, pool.submit(read_picture, path)) for path in outputs), self.threads):
                     if isinstance(reading.exception(), UserError):
                         unreadable.append((path, reading.exception()))
                         if progress:
@@ -264,13 +265,14 @@ class Derainer:
                     else:
                         yield (path, reading.result()), reading.result().pixels
 
-            def finished():
+            def written():
                 for (path, picture), pixels in self.pictures(read(), progress):
-                    yield path, pool.submit(finish, path, picture, picture._replace(pixels=pixels))
+                    result = picture._replace(pixels=pixels)
+                    yield path, pool.submit(write_picture, outputs[path], result, quality)
 
-            for path, finishing in ahead(finished(), self.threads):
-                error = finishing.exception()
-                yield path, error if isinstance(error, UserError) else finishing.result()
+            for path, writing in ahead(written(), self.threads):
+                error = writing.exception()
+                yield path, error if isinstance(error, UserError) else writing.result()
         yield from unreadable
 
     def __call__(self, image):

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import UserError, counted, listed, reports_errors, sentence
+from utils.files import UserError, counted, listed, reports_errors
 from utils.pairs import DATASETS, known_dataset, pair_folder
 
 THUMBNAIL = 16  # pixels a side
@@ -55,7 +55,7 @@ def examine(pairs, name):
         looks = tqdm(pool.map(looks_of, pairs), name, len(pairs), unit="pair", disable=None)
         for pair, found in zip(pairs, looks):
             if isinstance(found, UserError):
-                problems.append(sentence(found))
+                problems.append(str(found))
                 continue
             rainy[pair.input], clean[pair.target] = found
             if found[0].digest == found[1].digest:
@@ -101,7 +101,7 @@ def main(argv=None):
         try:
             pairs, unpaired = pair_folder(folder, args.clean_half)
         except UserError as error:
-            unusable.append(sentence(error))
+            unusable.append(str(error))
             continue
         rainy, clean, problems = examine(pairs, str(folder))
         unusable += unpaired + problems

@@ -34,11 +34,6 @@ class UserError(Exception):
     """Something the user can mend; the message names the file or option and the way out."""
 
 
-def sentence(error):
-    """The message of a UserError. One raised in a data-loader worker arrives wrapped in its traceback."""
-    return str(error).rpartition("UserError: ")[2].strip()
-
-
 def counted(number, noun):
     """-> such as "1 picture" or "2 pictures"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -73,8 +68,8 @@ def reports_errors(main):
         warnings.filterwarnings("ignore", module="PIL")
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            sys.exit(f"error: {sentence(error)}")
+        except UserError as error:  # one from a data-loading process is wrapped in its traceback
+            sys.exit(f"error: {str(error).rpartition('UserError: ')[2].strip()}")
         except BrokenPipeError:  # of `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more
             sys.exit(1)
@@ -190,12 +185,13 @@ def write_json(path, content):
 
 
 def append_json(path, content):
-    """Adds a line of JSON to a file. Raises UserError if it cannot be written."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(content) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): free some space.") from error
+    """Adds a line of JSON to a file."""
+    with open(path, "a") as file:
+        file.write(f"{json.dumps(content)}\n")
+
+
+def write_json_lines(path, lines):
+    write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def read_json_lines(path):

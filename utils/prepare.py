@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import UserError, atomic_write, counted, listed, reports_errors, sentence
+from utils.files import UserError, atomic_write, counted, listed, reports_errors
 from utils.pairs import Pair, target_names
 from utils.pictures import find_pictures, from_channels, read_picture, to_channels, write_picture
 
@@ -131,7 +131,7 @@ def main(argv=None):
             try:
                 split_picture(path, [folder / path.relative_to(root).with_suffix(".png") for folder in halves])
             except UserError as error:
-                problems.append(sentence(error))
+                problems.append(str(error))
         count = len(paths) - len(problems)
     else:
         if args.source.is_file():

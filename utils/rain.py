@@ -10,6 +10,7 @@ near, as a camera with noise and JPEG compression records it. STYLES gives the r
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,8 +185,8 @@ def main(argv=None):
     names = [str(path.relative_to(root).with_suffix("")) for path in paths]
     versions = range(1, args.versions + 1)
     rainy_names = {f"{name}_{version}" for name in names for version in versions}
-    for name in names:
-        if name in rainy_names or names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if name in rainy_names or count > 1:
             raise UserError(f"{name} in {root} would be mixed up with a picture of nearly the same name: rename it.")
     problems = []
     for number, path in enumerate(tqdm(paths, unit="picture", disable=None)):

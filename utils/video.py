@@ -228,11 +228,7 @@ def derain_files(derainer, outputs, quality=pictures.QUALITY, steady=False, prog
     """Derains the pictures and clips of a dict of path: path of the result -> yields (path, UserError or None).
 
     `progress` is called with the share of a picture or frame that was just done, after each batch of windows."""
-
-    def write(path, _, result):
-        pictures.write_picture(outputs[path], result, quality)
-
-    yield from derainer.files([path for path in outputs if not is_clip(path)], write, progress)
+    yield from derainer.files({path: outputs[path] for path in outputs if not is_clip(path)}, quality, progress)
     for path in filter(is_clip, outputs):
         try:
             derain_clip(path, outputs[path], derainer, steady, progress)

@@ -16,21 +16,25 @@ from pathlib import Path
 
 from ablations import network_name
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.files import UserError, atomic_path, listed, reports_errors, sentence
+from utils.files import UserError, atomic_path, listed, reports_errors
 
 RELEASED = OWN_WEIGHTS.parent / "released"
 TIMEOUT, RETRIES = 30, 3  # seconds without a byte
 
 
+def read_facts(name):
+    """-> rows of a table in evaluations/, as dicts."""
+    with open(OWN_WEIGHTS.parent.parent / "evaluations" / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def released_weights():
     """-> dict of (network, data set) -> its row in released_weights.csv: where the authors published its weights."""
-    table = OWN_WEIGHTS.parent.parent / "evaluations" / "released_weights.csv"
-    with open(table, newline="", encoding="utf-8") as file:
-        return {(fact["model"], fact["dataset"]): fact for fact in csv.DictReader(file)}
+    return {(fact["model"], fact["dataset"]): fact for fact in read_facts("released_weights.csv")}
 
 
-def released_path(network, dataset, folder=None):
-    return Path(folder or RELEASED, network, f"{dataset}.pth")
+def released_path(network, dataset):
+    return RELEASED / network / f"{dataset}.pth"
 
 
 def pages_of(fact):
@@ -39,12 +43,11 @@ def pages_of(fact):
     return f"https://drive.google.com/file/d/{fact['google_drive_file_id']}/view{baidu}"
 
 
-def load_released(network, dataset, folder=None, mirror=None):
-    """Loads the weights released for a data set, and fetches them first if they are not in `folder`.
+def load_released(network, dataset, mirror=None):
+    """Loads the weights released for a data set, and fetches them first if they are not here.
 
     Args:
         network, dataset: a key of released_weights(), such as "NeRD-Rain-S", "Rain200L"
-        folder: where weights are kept as <network>/<data set>.pth (default: RELEASED)
         mirror: folder or URL that holds such files, instead of Google Drive
 
     Returns the network, on the CPU. Raises UserError.
@@ -53,7 +56,7 @@ def load_released(network, dataset, folder=None, mirror=None):
     if (network, dataset) not in released:
         names = ", ".join(map("/".join, released))
         raise UserError(f"no weights {network}/{dataset} were released. There are {names}.")
-    fact, path = released[network, dataset], released_path(network, dataset, folder)
+    fact, path = released[network, dataset], released_path(network, dataset)
     source = f"https://drive.google.com/uc?id={fact['google_drive_file_id']}"
     if mirror:
         source = f"{str(mirror).rstrip('/')}/{network}/{dataset}.pth"
@@ -64,7 +67,7 @@ def load_released(network, dataset, folder=None, mirror=None):
         return fetch(source, path, network)
     except UserError as error:
         raise UserError(
-            f"the weights {network}/{dataset} cannot be loaded. {sentence(error)} Download them from\n  "
+            f"the weights {network}/{dataset} cannot be loaded. {error} Download them from\n  "
             f"{pages_of(fact)}\nand put them at {path}"
         ) from error
 
@@ -89,7 +92,7 @@ def fetch(source, path, network):
         try:
             return load_as(network, temporary)
         except UserError as error:
-            raise UserError(sentence(error).replace(str(temporary), source)) from error
+            raise UserError(str(error).replace(str(temporary), source)) from error
 
 
 def download(url, path):
@@ -119,7 +122,7 @@ def main(argv=None):
             network, _, dataset = name.partition("/")
             load_released(network, dataset, mirror=args.mirror)
         except UserError as error:
-            problems.append(sentence(error))
+            problems.append(str(error))
     files = [("own (NeRD-Rain-S)", OWN_WEIGHTS, "this repository")]
     files += [("/".join(key), released_path(*key), pages_of(fact)) for key, fact in released.items()]
     for name, path, pages in files:
