@@ -29,8 +29,8 @@ from model import (
 
 SCALES = {"small": 4, "mid": 2, "max": 1}  # by how much the input is reduced
 FINER = {"mid": "max", "small": "mid"}  # scale -> the one that feeds back to it
-HEADS = {"small": "INR", "mid": "INR2", "max": "INR3"}
-UPS = {"small": "upsmall2mid", "mid": "upmid2max"}  # what enlarges a latent for a head
+INR_NAMES = {"small": "INR", "mid": "INR2", "max": "INR3"}
+UPSAMPLER_NAMES = {"small": "upsmall2mid", "mid": "upmid2max"}  # what enlarges a latent for a head
 INRS = {  # kind of implicit neural representation -> scales that have a head
     "published": ("small", "mid"),
     "coordinate": ("small", "mid"),  # renders at the next scale's size (CoordinateINR)
@@ -198,7 +198,7 @@ class AblationNet(nn.Module):
                         head = CoordinateINR(dim)
                     else:
                         head = INR(dim, 2 if inr == "no_encoding" else 18)
-                    self.add_module(HEADS[scale], head)
+                    self.add_module(INR_NAMES[scale], head)
         self.fused = []  # BF1, BF2, …: (scale, number of the pass) that is fed back to
         for scale, finer in FINER.items():
             if scale in self.passes and FEEDBACKS[feedback]:
@@ -208,21 +208,21 @@ class AblationNet(nn.Module):
             self.add_module(f"BF{number + 1}", FEEDBACKS[feedback](dim * 4))
         for scale in filter(self.passes.get, INRS[inr]):
             if inr == "own_embedding":
-                self.add_module(f"{HEADS[scale]}_embed", conv3x3(3, dim))
+                self.add_module(f"{INR_NAMES[scale]}_embed", conv3x3(3, dim))
                 continue
-            self.add_module(f"{UPS[scale]}1", upsample(dim * 4))
-            self.add_module(f"{UPS[scale]}2", upsample(dim * 2))
+            self.add_module(f"{UPSAMPLER_NAMES[scale]}1", upsample(dim * 4))
+            self.add_module(f"{UPSAMPLER_NAMES[scale]}2", upsample(dim * 2))
             if inr == "own_encoder":
                 encoder = nn.Sequential(blocks(0), downsample(dim), blocks(1), downsample(dim * 2), blocks(2))
-                self.add_module(f"{HEADS[scale]}_encoder", encoder)
+                self.add_module(f"{INR_NAMES[scale]}_encoder", encoder)
         if passes[2] >= 3 and not own_reduce:
             self.passes["max"][2].reduce_chan_level1 = self.reduce_chan_level1_max2
             self.reduce_chan_level1_max3.requires_grad_(False)
 
     def render(self, scale, image, latent):
         """-> what the head of a scale renders, which its loss sees, and what joins the next scale's image."""
-        features = getattr(self, f"{UPS[scale]}2")(getattr(self, f"{UPS[scale]}1")(latent))
-        head = getattr(self, HEADS[scale])
+        features = getattr(self, f"{UPSAMPLER_NAMES[scale]}2")(getattr(self, f"{UPSAMPLER_NAMES[scale]}1")(latent))
+        head = getattr(self, INR_NAMES[scale])
         if not isinstance(head, CoordinateINR):
             rendered = head(features) + image
             return rendered, resize(rendered, 2)
@@ -246,13 +246,13 @@ class AblationNet(nn.Module):
             images[scale], handed_on = inputs[scale] + handed_on, 0
             image = images[scale]
             if self.inr == "own_embedding":
-                features = getattr(self, f"{HEADS[scale]}_embed")(image)
-                image = rendered[scale] = getattr(self, HEADS[scale])(features) + image
+                features = getattr(self, f"{INR_NAMES[scale]}_embed")(image)
+                image = rendered[scale] = getattr(self, INR_NAMES[scale])(features) + image
             embedded = getattr(self, f"patch_embed_{scale}")(image)
             latent, skips[scale] = shapes[0].encode(embedded)
             latents[scale] = [latent]  # of each pass, as encoded
             if scale in INRS[self.inr] and self.inr != "own_embedding":
-                encoder = getattr(self, f"{HEADS[scale]}_encoder", None)
+                encoder = getattr(self, f"{INR_NAMES[scale]}_encoder", None)
                 latent = encoder(embedded) if encoder else latent
                 rendered[scale], handed_on = self.render(scale, image, latent)
 

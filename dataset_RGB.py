@@ -116,10 +116,10 @@ class EpochSampler(Sampler):
         for batch in (order + self.epoch * self.size).split(self.batch_size)[self.skip :]:
             yield (batch[self.rank :: self.world] if self.rank < len(batch) else batch[:1]).tolist()
 
-    def share(self, number):
+    def counts(self, number):
         """-> how many pictures of an epoch's batch `number` this process has, and all processes together."""
-        together = min(self.batch_size, self.size - number * self.batch_size)
-        return len(range(self.rank, together, self.world)), together
+        count = min(self.batch_size, self.size - number * self.batch_size)
+        return len(range(self.rank, count, self.world)), count
 
 
 def quiet_worker(_):

@@ -22,14 +22,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ablations import network_name
-from evaluations.evaluate import clean_folder
 from evaluations.metrics import PROTOCOLS, psnr_ssim
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device, print_cpu_warnings
 from utils.files import UserError, counted, disk_failed, listed, reports_errors, write_csv
-from utils.pairs import DATASETS, Pair, known_dataset, match_by_name
+from utils.pairs import DATASETS, Pair, clean_folder, known_dataset, match_by_name, rainy_folder
 from utils.pictures import find_pictures, read_image
 from utils.video import count_frames, derain_files, is_clip, result_path
 
@@ -77,14 +76,6 @@ def split_clips(sources, results):
         if not matching or any(map(pictures.is_picture, paths)):
             others.append(source)
     return clips, others
-
-
-def rainy_folder(source):
-    """-> where a data set keeps its rainy test pictures; any other source as it is."""
-    for folder in (Path(source, "test"), Path(source)):
-        if isdir(folder / "input") and isdir(folder / "target"):
-            return folder / "input"
-    return source
 
 
 def is_test_set(folder):

@@ -45,7 +45,7 @@ from utils.pictures import find_pictures
 
 PUBLISHED = Recipe(0, 0, num_epochs=3000)  # defaults of the options without --dataset
 WARMUP_EPOCHS, MIN_LR = 3, 1e-6
-LOOK_STEPS = 50  # steps on a GPU between two looks at the losses, for which the host waits
+CHECK_STEPS = 50  # steps on a GPU after which the losses are checked, for which the host waits
 SAVE_STEPS = 1000  # optimizer steps between two checkpoints within an epoch, which can take days (SPA-Data)
 PROGRESS_SECONDS = 60  # between two lines of progress where no terminal shows a bar
 PANELS = 4  # validation pictures in TensorBoard
@@ -282,10 +282,10 @@ class Trainer:
         if args.compile:
             self.compile()
 
-        self.look_steps = 1
+        self.check_steps = 1
         if self.device.type == "cuda":  # several processes see signals at looks, and torchrun waits 30 seconds for them
-            self.look_steps = LOOK_STEPS if self.world == 1 else LOOK_STEPS // 5
-        self.unseen, self.shown = [], ""  # steps since the last look; the loss that it saw
+            self.check_steps = CHECK_STEPS if self.world == 1 else CHECK_STEPS // 5
+        self.unchecked, self.loss_text = [], ""  # steps whose losses were not checked yet; the last loss that was
         self.next_line = time.monotonic() + PROGRESS_SECONDS
         self.board = None
         if self.rank == 0:
@@ -333,7 +333,7 @@ class Trainer:
 
     def compile(self):
         """Compiles the network for this run's batches, or says why that fails, which a trial step finds out."""
-        side, count = self.args.patch_size, self.sampler.share(0)[0]
+        side, count = self.args.patch_size, self.sampler.counts(0)[0]
         patches = torch.zeros(count, 3, side, side, device=self.device).to(memory_format=torch.channels_last)
         self.forward = torch.compile(self.parallel, dynamic=False)
         try:
@@ -416,12 +416,12 @@ class Trainer:
                 updated = self.train_step(batch)
                 self.show_progress(bar, name, first, start)
                 stopping = self.world == 1 and self.interruption.signal
-                if updated and (stopping or len(self.unseen) >= self.look_steps):
-                    self.look()
+                if updated and (stopping or len(self.unchecked) >= self.check_steps):
+                    self.check_losses()
                     self.end_if_asked()
                 if updated and self.step % (SAVE_STEPS * args.accumulate) == 0:
                     self.save(self.latest)
-        self.check()
+        self.check_weights()
         means, seconds = devices.sum_over_processes(self.sums) / total, time.monotonic() - start
         line = {"epoch": self.epoch + 1, "lr": rate, **dict(zip(self.loss.terms, means.tolist()))}
         if first < total:
@@ -430,20 +430,20 @@ class Trainer:
 
     def train_step(self, batch):
         """Adds a batch's gradients and, after a group of --accumulate batches, takes an optimizer step -> whether it
-        did. The host does not wait for the device here: `look` does."""
+        did. The host does not wait for the device here: `check_losses` does."""
         args = self.args
         begin = self.step // args.accumulate * args.accumulate
         group = min(args.accumulate, self.steps_per_epoch - begin)
-        share, together = self.sampler.share(self.step)
+        own_count, batch_count = self.sampler.counts(self.step)
         self.step += 1
         update = self.step == begin + group
         rainy, clean = (self.to_device(batch[name]) for name in ("input", "target"))
         with contextlib.nullcontext() if update else self.without_sync():
             losses = self.losses(rainy, clean)
-            weight = share * self.world / together  # DDP averages over processes, which may have fewer pictures
+            weight = own_count * self.world / batch_count  # DDP averages over processes, which may have fewer pictures
             (losses["total"] * weight / group).backward()
         values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
-        self.sums += values * share
+        self.sums += values * own_count
         norm = values.new_zeros(())  # of the gradient
         if update:
             if args.clip_grad:
@@ -455,7 +455,7 @@ class Trainer:
             if self.ema:
                 average = get_ema_multi_avg_fn(args.ema)
                 average(list(self.ema.parameters()), list(self.net.parameters()), None)
-        self.unseen.append((self.step, batch["name"], torch.cat([values, norm.double()[None]])))
+        self.unchecked.append((self.step, batch["name"], torch.cat([values, norm.double()[None]])))
         return update
 
     def to_device(self, patches):
@@ -465,29 +465,29 @@ class Trainer:
 
     def losses(self, rainy, clean):
         # An epoch's last batch may be smaller: the compiled network would be compiled anew for it.
-        forward = self.forward if len(rainy) == self.sampler.share(0)[0] else self.parallel
+        forward = self.forward if len(rainy) == self.sampler.counts(0)[0] else self.parallel
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             outputs = forward(rainy)
         return self.loss(outputs, clean)
 
-    def look(self):
-        """Raises UserError if a loss or gradient since the last look is not finite. This and saving are the only
+    def check_losses(self):
+        """Raises UserError if a loss or gradient since the last check is not finite. This and saving are the only
         places in training where the host waits for the device."""
-        if not self.unseen:
+        if not self.unchecked:
             return
-        rows = torch.stack([row for _, _, row in self.unseen]).cpu()
+        rows = torch.stack([row for _, _, row in self.unchecked]).cpu()
         finite = rows.isfinite().all(dim=1).tolist()
-        bad = [(step, names) for (step, names, _), good in zip(self.unseen, finite) if not good]
+        bad = [(step, names) for (step, names, _), good in zip(self.unchecked, finite) if not good]
         if devices.largest_over_processes(bool(bad), self.device):
             raise self.diverged(*(bad[0] if bad else (self.step, [])))
         means = dict(zip(self.loss.terms, rows.mean(dim=0).tolist()))
-        self.unseen, self.shown = [], f", loss {means['total']:.4f}"
+        self.unchecked, self.loss_text = [], f", loss {means['total']:.4f}"
         self.to_board("loss", means)
 
     @torch.no_grad()
-    def check(self):
-        """Looks, and raises UserError if a weight is not finite."""
-        self.look()
+    def check_weights(self):
+        """Checks the losses, and raises UserError if a weight is not finite."""
+        self.check_losses()
         if not get_total_norm(list(self.net.parameters())).isfinite():
             raise self.diverged(self.step, [])
 
@@ -504,17 +504,18 @@ class Trainer:
                 self.board.add_scalar(f"{group}/{name}", value, self.pictures_done())
 
     def show_progress(self, bar, name, first, start):
-        """Moves the bar on a terminal; elsewhere prints a line every minute. The loss is that of the last look."""
+        """Moves the bar on a terminal; elsewhere prints a line every minute. The loss is that of the last check."""
         done, total = min(self.step * self.args.batch_size, len(self.train_set)), len(self.train_set)
         speed = (done - first) / (time.monotonic() - start)
-        epoch_left, run_left = (total - done) / speed, ((self.args.num_epochs - self.epoch) * total - done) / speed
-        status = f"{speed:.{2 if speed < 10 else 0}f} pictures/s, run {tqdm.format_interval(run_left)} left{self.shown}"
+        epoch_left = tqdm.format_interval((total - done) / speed)
+        run_left = tqdm.format_interval(((self.args.num_epochs - self.epoch) * total - done) / speed)
+        status = f"{speed:.{2 if speed < 10 else 0}f} pictures/s, run {run_left} left{self.loss_text}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
         if bar.disable and self.rank == 0 and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PROGRESS_SECONDS
             step = f"step {self.step}/{self.steps_per_epoch}, lr {self.optimizer.param_groups[0]['lr']:.3g}"
-            print(f"{name}, {step}: epoch {tqdm.format_interval(epoch_left)} left, {status}")
+            print(f"{name}, {step}: epoch {epoch_left} left, {status}")
 
     @torch.inference_mode()
     def validate(self):
@@ -558,7 +559,7 @@ class Trainer:
         self.end_if_asked()
 
     def save(self, *paths):
-        self.check()
+        self.check_weights()
         content = {
             "epoch": self.epoch,
             "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full

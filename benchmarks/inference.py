@@ -27,7 +27,7 @@ def compare(name, args, count, variants=EAGER):
     pictures = [(number, add_rain(photograph, rng).astype(np.float32) / 255) for number in range(count)]
 
     def over_pictures(derainer):
-        return lambda: torch.from_numpy(np.stack([result for _, result in derainer.pictures(pictures)])), count
+        return lambda: torch.from_numpy(np.stack([result for _, result in derainer.stream(pictures)])), count
 
     def baseline():
         derainer = Derainer(published(make_network(name, args)), mode="window", window=window)

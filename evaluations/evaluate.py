@@ -17,16 +17,11 @@ from tqdm import tqdm
 
 from evaluations.metrics import PROTOCOLS, other_conventions, psnr_ssim
 from utils.files import UserError, counted, listed, reports_errors, software, write_csv, write_json
-from utils.pairs import DATASETS, known_dataset, match_by_name
+from utils.pairs import DATASETS, clean_folder, known_dataset, match_by_name
 from utils.pictures import find_pictures
 
 COLUMNS = ("psnr", "ssim", "psnr_y_unrounded", "psnr_rgb", "ssim_rgb")
 WORST = 10
-
-
-def clean_folder(root):
-    """-> where a data set keeps its clean test pictures: root/test/target, root/target or root itself."""
-    return next((folder for folder in (Path(root, "test/target"), Path(root, "target")) if folder.is_dir()), Path(root))
 
 
 def pair_results(results, targets):

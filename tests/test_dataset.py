@@ -115,7 +115,7 @@ def test_processes_share_each_batch_of_a_single_process(size, batch_size, world)
     for number, batch in enumerate(batches):
         indices = []
         for sampler, share in zip(samplers, shares):
-            own, together = sampler.share(number)
+            own, together = sampler.counts(number)
             assert together == len(batch) and len(share[number]) == max(own, 1)
             indices += share[number][:own]
         assert sorted(indices) == sorted(batch.tolist())

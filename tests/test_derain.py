@@ -88,7 +88,7 @@ def test_windows_of_several_pictures_share_a_batch(narrow_net, mode):
     forward, shapes, shares = derainer.forward, [], []
     derainer.forward = lambda x: [shapes.append(tuple(x.shape)), forward(x)][1]
     derainer.pixels = 3 * 32 * 32
-    results = list(derainer.pictures(enumerate(images), shares.append))
+    results = list(derainer.stream(enumerate(images), shares.append))
     assert [key for key, _ in results] == list(range(len(images)))
     assert all(levels(result, other) <= 1 for (_, result), other in zip(results, expected))  # sums round otherwise
     assert max(count * height * width for count, _, height, width in shapes) == derainer.pixels
@@ -124,7 +124,7 @@ def test_results_are_copied_before_the_next_batch_replaces_them(narrow_net, monk
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     image, derainer = random_picture(32, 32 * 5), Derainer(narrow_net, "window", 32)
     derainer.gpu, derainer.forward = True, forward
-    ((_, result),) = derainer.pictures([(None, image)], lambda _: running.append(len(queue)))
+    ((_, result),) = derainer.stream([(None, image)], lambda _: running.append(len(queue)))
     assert np.array_equal(result, 255 - image)
     assert running == [4, 6, 8, 10, 10]  # when a batch is collected, the next one's two steps are queued
 
@@ -132,7 +132,7 @@ def test_results_are_copied_before_the_next_batch_replaces_them(narrow_net, monk
 def test_on_a_gpu_float32_is_not_tf32_and_cudnn_tries_its_algorithms_for_full_windows_alone(narrow_net):
     derainer, settings = Derainer(narrow_net, window=48), []
     derainer.forward = lambda x: [settings.append((cudnn.allow_tf32, cudnn.benchmark)), x][1]
-    list(derainer.pictures(enumerate(map(random_picture, (48, 20), (48, 48)))))
+    list(derainer.stream(enumerate(map(random_picture, (48, 20), (48, 48)))))
     assert settings == [(False, True), (False, False)]
 
 
@@ -169,7 +169,7 @@ def test_a_compiled_network_is_compiled_once_for_pictures_of_all_sizes(monkeypat
     expected = [derainer(image) for image in images]
     derainer.pixels = 3 * 32 * 32
     derainer.compile()
-    for (_, result), other in zip(derainer.pictures(enumerate(images)), expected):
+    for (_, result), other in zip(derainer.stream(enumerate(images)), expected):
         assert levels(result, other) <= 1
     assert derainer.compiled and len(graphs) == 1
 

@@ -26,7 +26,7 @@ def test_a_training_step_never_waits_for_the_gpu(pairs_folder, tmp_path, change,
             trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.check()
+    trainer.check_weights()
 
 
 def test_compiled_training_computes_the_same_losses(tmp_path, narrow_weights, pairs_folder):
@@ -45,8 +45,8 @@ def test_pictures_are_derained_as_on_the_cpu(narrow_weights, monkeypatch, mode, 
     monkeypatch.setattr("utils.derain.GPU_PIXELS", 4 * 32 * 32)  # several batches
     rng, sizes = np.random.default_rng(0), ((64, 96), (40, 72), (100, 64), (24, 50)) * 3
     pictures = list(enumerate(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes))
-    expected = list(Derainer(load_network(narrow_weights), mode, window=32).pictures(pictures))
+    expected = list(Derainer(load_network(narrow_weights), mode, window=32).stream(pictures))
     derainer = Derainer(load_network(narrow_weights).cuda(), mode, window=32, compile=compile)
     assert bool(derainer.compiled) == compile
-    for (number, result), (_, wanted) in zip(derainer.pictures(pictures), expected, strict=True):
+    for (number, result), (_, wanted) in zip(derainer.stream(pictures), expected, strict=True):
         assert np.abs(result.astype(int) - wanted).max() <= 1, number  # values halfway between two levels

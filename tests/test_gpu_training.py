@@ -25,17 +25,21 @@ class CountsReads(TorchDispatchMode):
 
 
 def test_longer_training_reads_no_more_numbers(narrow_weights, tmp_path, monkeypatch):
-    look, looks = train.Trainer.look, []
-    monkeypatch.setattr(train.Trainer, "look", lambda trainer: (looks.append(len(trainer.unseen)), look(trainer)))
-    counts = []
+    check_losses, checks, counts = train.Trainer.check_losses, [], []
+
+    def check(trainer):
+        checks.append(len(trainer.unchecked))
+        check_losses(trainer)
+
+    monkeypatch.setattr(train.Trainer, "check_losses", check)
     for steps in (2, 4):
         pairs = make_pairs(tmp_path / str(steps), count=steps)
         options = [*arguments(pairs, narrow_weights, tmp_path), "--session", str(steps), "--batch_size", "1"]
         trainer = train.Trainer(train.parse_args([*options, "--ema", "0.9", "--clip_grad", "1"]))
-        trainer.look_steps, looks[:] = train.LOOK_STEPS, []
+        trainer.check_steps, checks[:] = train.CHECK_STEPS, []
         with CountsReads() as reads:
             trainer.train_epoch()
-        assert looks == [steps]  # at the end of the epoch
+        assert checks == [steps]  # at the end of the epoch
         counts.append(reads.count)
     assert counts[0] == counts[1]
 
@@ -90,4 +94,4 @@ def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monk
         assert trainer.train_step(batch)
     assert dtypes == [torch.bfloat16 if bf16 else torch.float32]
     assert len(trainer.optimizer.state) == sum(parameter.requires_grad for parameter in trainer.net.parameters())
-    assert trainer.unseen[0][2].device.type == trainer.sums.device.type == device
+    assert trainer.unchecked[0][2].device.type == trainer.sums.device.type == device

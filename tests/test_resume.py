@@ -83,7 +83,7 @@ def signalled(monkeypatch, number, method, step):
     monkeypatch.setattr(train.Trainer, method, signalling)
 
 
-@pytest.mark.parametrize("number, method, step", [(2, "look", 1), (15, "look", 3), (2, "validate", 3)])
+@pytest.mark.parametrize("number, method, step", [(2, "check_losses", 1), (15, "check_losses", 3), (2, "validate", 3)])
 def test_an_interruption_loses_no_step(options, tmp_path, monkeypatch, capsys, number, method, step):
     """Within an epoch, after its last step, and in its validation."""
     options += ["--clip_grad", "0.5"]
@@ -108,7 +108,7 @@ def test_a_closed_terminal_or_pipe_fails_nothing(make):
 
 def test_a_run_resumes_with_another_batch_size(options, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        signalled(patch, signal.SIGINT, "look", 2)
+        signalled(patch, signal.SIGINT, "check_losses", 2)
         assert fails(options) == 130
     train.main([*options, "--batch_size", "1"])
     assert "resumes after epoch 1 and 4 of 6 steps" in capsys.readouterr().out

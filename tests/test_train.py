@@ -231,15 +231,15 @@ def test_broken_pictures_are_named_before_the_first_epoch(options, tmp_path, pai
     assert latest(session(tmp_path))["pictures"] == 6  # the epoch is kept
 
 
-@pytest.mark.parametrize("look_steps", [1, 50])
+@pytest.mark.parametrize("check_steps", [1, 50])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_named_and_never_saved(options, tmp_path, monkeypatch, poison, look_steps):
+def test_a_step_that_is_not_finite_is_named_and_never_saved(options, tmp_path, monkeypatch, poison, check_steps):
     """A loss or, though the loss is finite, a gradient; the run would save after the next step, before it looks."""
     monkeypatch.setattr(train, "SAVE_STEPS", 2)
     losses = train.Trainer.losses
 
     def poisoned(trainer, rainy, clean):
-        trainer.look_steps = look_steps
+        trainer.check_steps = check_steps
         found = losses(trainer, rainy, clean)
         if (trainer.epoch, trainer.step) == (1, 1):
             total = found["total"]

@@ -237,7 +237,7 @@ class Derainer:
         copied = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
         return canvases, results, copied
 
-    def pictures(self, pictures, progress=None):
+    def stream(self, pictures, progress=None):
         """Iterable of (key, picture) -> yields (key, result) in order. A GPU computes a batch while the one before is
         collected. `progress` is called with the share of a picture that was just done."""
         for canvases, results, copied in ahead(map(self.launch, self.batches(pictures)), 1):
@@ -266,7 +266,7 @@ class Derainer:
                         yield (path, reading.result()), reading.result().pixels
 
             def written():
-                for (path, picture), pixels in self.pictures(read(), progress):
+                for (path, picture), pixels in self.stream(read(), progress):
                     result = picture._replace(pixels=pixels)
                     yield path, pool.submit(write_picture, outputs[path], result, quality)
 
@@ -277,7 +277,7 @@ class Derainer:
 
     def __call__(self, image):
         """Derains one picture."""
-        return next(self.pictures([(None, image)]))[1]
+        return next(self.stream([(None, image)]))[1]
 
 
 def results_settings(weights, derainer):

@@ -24,7 +24,7 @@ from utils.pairs import DATASETS, known_dataset, pair_folder
 THUMBNAIL = 16  # pixels a side
 
 
-class Look(NamedTuple):
+class Fingerprint(NamedTuple):
     """What is remembered of a picture."""
 
     size: str  # width×height
@@ -32,28 +32,28 @@ class Look(NamedTuple):
     thumbnail: np.ndarray  # THUMBNAIL² grey levels
 
 
-def look(image):
-    """H×W×3 uint8 -> Look."""
+def fingerprint(image):
+    """H×W×3 uint8 -> Fingerprint."""
     size = f"{image.shape[1]}×{image.shape[0]}"
     small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).mean(axis=2)
     digest = hashlib.sha256(size.encode() + image.tobytes()).digest()
-    return Look(size, digest, small.round().astype(np.uint8).ravel())
+    return Fingerprint(size, digest, small.round().astype(np.uint8).ravel())
 
 
 def examine(pairs, name):
-    """Reads all pairs -> dicts of path: Look of the rainy and of the clean pictures, list of sentences about those that
-    cannot be used."""
+    """Reads all pairs -> dicts of path: Fingerprint of the rainy and of the clean pictures, list of sentences about
+    those that cannot be used."""
 
-    def looks_of(pair):
+    def fingerprints_of(pair):
         try:
-            return [look(image) for image in pair.read()]
+            return [fingerprint(image) for image in pair.read()]
         except UserError as error:
             return error
 
     rainy, clean, problems = {}, {}, []
     with ThreadPoolExecutor() as pool:
-        looks = tqdm(pool.map(looks_of, pairs), name, len(pairs), unit="pair", disable=None)
-        for pair, found in zip(pairs, looks):
+        fingerprints = tqdm(pool.map(fingerprints_of, pairs), name, len(pairs), unit="pair", disable=None)
+        for pair, found in zip(pairs, fingerprints):
             if isinstance(found, UserError):
                 problems.append(str(found))
                 continue
@@ -63,10 +63,10 @@ def examine(pairs, name):
     return rainy, clean, problems
 
 
-def equal_pictures(looks):
+def equal_pictures(fingerprints):
     """-> list of sentences about files with exactly the same pixels."""
     paths_of = defaultdict(list)
-    for path, found in looks.items():
+    for path, found in fingerprints.items():
         paths_of[found.digest].append(str(path))
     return [" = ".join(paths) for paths in paths_of.values() if len(paths) > 1]
 
@@ -82,9 +82,9 @@ def overlap(train, test):
     return lines
 
 
-def sizes_of(looks):
+def sizes_of(fingerprints):
     """-> the commonest sizes of pictures and how many have them, such as "481×321 (120), 321×481 (80)"."""
-    counts = Counter(found.size for found in looks.values()).most_common()
+    counts = Counter(found.size for found in fingerprints.values()).most_common()
     sizes = ", ".join(f"{size} ({count})" for size, count in counts[:4])
     return f"{sizes} and {len(counts) - 4} more sizes" if len(counts) > 4 else sizes
 
@@ -96,7 +96,7 @@ def main(argv=None):
     parser.add_argument("--clean_half", choices=("left", "right"), help="of pictures that hold both side by side")
     args = parser.parse_args(argv)
     recipe = DATASETS.get(known_dataset(args.root))
-    unusable, miscounted, leaks, equal, clean_looks = [], [], [], [], {}
+    unusable, miscounted, leaks, equal, clean_fingerprints = [], [], [], [], {}
     for folder in [args.root / name for name in ("train", "test") if (args.root / name).is_dir()] or [args.root]:
         try:
             pairs, unpaired = pair_folder(folder, args.clean_half)
@@ -106,7 +106,7 @@ def main(argv=None):
         rainy, clean, problems = examine(pairs, str(folder))
         unusable += unpaired + problems
         equal += equal_pictures(rainy) + equal_pictures(clean)
-        clean_looks[folder.name] = clean
+        clean_fingerprints[folder.name] = clean
         count, published = counted(len(pairs), "pair"), ""
         if recipe:
             expected = recipe.train_pairs if folder.name == "train" else recipe.test_pairs
@@ -114,8 +114,8 @@ def main(argv=None):
             if len(pairs) != expected:
                 miscounted.append(f"{folder} has {count} instead of {expected}")
         print(f"{folder}: {count}{published}, {counted(len(clean), 'clean picture')}; {sizes_of(rainy)}")
-    if clean_looks.get("train") and clean_looks.get("test"):
-        leaks = overlap(clean_looks["train"], clean_looks["test"])
+    if clean_fingerprints.get("train") and clean_fingerprints.get("test"):
+        leaks = overlap(clean_fingerprints["train"], clean_fingerprints["test"])
     findings = {
         "cannot be used": unusable,
         "not the published number of pairs": miscounted,

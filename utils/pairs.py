@@ -92,6 +92,19 @@ def how_to_get(name):
     )
 
 
+def rainy_folder(source):
+    """-> where a data set keeps its rainy test pictures; any other source as it is."""
+    for folder in (Path(source, "test"), Path(source)):
+        if (folder / "input").is_dir() and (folder / "target").is_dir():
+            return folder / "input"
+    return source
+
+
+def clean_folder(root):
+    """-> where a data set keeps its clean test pictures: root/test/target, root/target or root itself."""
+    return next((folder for folder in (Path(root, "test/target"), Path(root, "target")) if folder.is_dir()), Path(root))
+
+
 def target_names(stem):
     """-> stems of clean pictures that may belong to a rainy one, the likeliest first: the same name; 901 for 901_14
     (DDN-Data, several rainy pictures of a scene); norain-7 for norain-7x2 (Rain200L/H); norain-007 for rain-007

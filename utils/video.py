@@ -204,7 +204,7 @@ def derain_clip(path, output, derainer, steady=False, progress=None):
         if first is None:
             raise UserError(f"{path} has no frame that can be decoded: replace or remove it.")
         arrays = (((frame.pts, frame.duration), to_array(frame, first)) for frame in itertools.chain([first], frames))
-        results = derainer.pictures(arrays, progress)
+        results = derainer.stream(arrays, progress)
         if steady:
             results = steadied(results)
         try:
