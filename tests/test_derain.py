@@ -136,6 +136,24 @@ def test_on_a_gpu_float32_is_not_tf32_and_cudnn_tries_its_algorithms_for_full_wi
     assert settings == [(False, True), (False, False)]
 
 
+def test_batches_that_exceed_a_gpus_memory_are_halved(narrow_net):
+    derainer, batches = Derainer(narrow_net, window=48), []
+    derainer.pixels = 8 * 48 * 48
+    compute = derainer.compute_at_once
+
+    def compute_or_fail(x):
+        batches.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError
+        return compute(x)
+
+    derainer.compute_at_once = compute_or_fail
+    pictures = list(enumerate(random_picture(48, 48, seed) for seed in range(10)))
+    for (_, result), (_, expected) in zip(derainer.stream(pictures), Derainer(narrow_net, window=48).stream(pictures)):
+        assert levels(result, expected) <= 1
+    assert batches == [8, 4, 2, 2, 4, 2, 2, 2]
+
+
 def test_the_ensemble_is_the_mean_of_the_mirrored_results(narrow_net):
     plain, ensemble = Derainer(narrow_net), Derainer(narrow_net, ensemble=True)
     x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))

@@ -16,10 +16,11 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     return current
 
 
-@pytest.mark.parametrize("choice, number", [(None, 0), (1, 1), ("1", 1), ("1,0", 1)])
+@pytest.mark.parametrize("choice, number", [(None, 1), (0, 0), ("1", 1), ("1,0", 1)])
 def test_the_chosen_gpu_becomes_the_current_one(gpus, choice, number):
     device = choose_device(choice)
     assert device == torch.device("cuda", number) and gpus == [device]
@@ -42,8 +43,9 @@ def test_what_is_no_gpu_is_refused(gpus, choice):
 
 
 def test_under_torchrun_each_process_takes_the_gpu_of_its_rank(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert choose_device() == choose_device(1) == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device() == choose_device(0) == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"this machine has 1 GPU: use --nproc_per_node 1\."):
@@ -81,13 +83,31 @@ def test_busy_cores_are_announced(monkeypatch, load, threads, advice):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", [torch.backends.cudnn, torch.backends.cuda.matmul])
 @pytest.mark.parametrize("allowed", [True, False])
-def test_float32_is_strict_within_and_as_before_afterwards(allowed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    with pytest.raises(KeyError), devices.strict_float32():
-        assert torch.backends.cudnn.allow_tf32 is False  # which libraries read, too
-        raise KeyError
-    assert torch.backends.cudnn.allow_tf32 is allowed
+def test_float32_is_strict_within_and_as_before_afterwards(backend, allowed):
+    before, backend.allow_tf32 = backend.allow_tf32, allowed
+    try:
+        with pytest.raises(KeyError), devices.strict_float32():
+            assert backend.allow_tf32 is False  # which libraries read, too
+            raise KeyError
+        assert backend.allow_tf32 is allowed
+    finally:
+        backend.allow_tf32 = before
+
+
+def test_a_program_that_has_set_the_precision_of_float32_keeps_it(monkeypatch):
+    class Cudnn:
+        benchmark = False
+
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("mixed")  # as PyTorch does after cudnn.conv.fp32_precision = "ieee"
+
+    monkeypatch.setattr(torch.backends, "cudnn", Cudnn())
+    with devices.strict_float32(benchmark=True):
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_a_lost_process_is_reported_and_no_other_error(monkeypatch):
@@ -95,5 +115,6 @@ def test_a_lost_process_is_reported_and_no_other_error(monkeypatch):
     lost = r"another process .* is out of reach \(gloo: closed\); .* same command"
     with pytest.raises(UserError, match=lost), devices.reports_lost_processes():
         raise RuntimeError("gloo: closed\nby peer")
-    with pytest.raises(RuntimeError, match="a bug"), devices.reports_lost_processes():
-        raise RuntimeError("a bug")
+    for error in (RuntimeError("a bug"), dist.DistBackendError("NCCL error\nLast error: /dev/shm is too small")):
+        with pytest.raises(type(error), match=r"a bug|too small"), devices.reports_lost_processes():
+            raise error

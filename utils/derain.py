@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ WINDOW = 256  # pixels; what the paper's tables were made with
 GPU_PIXELS = 8 * 256 * 256  # computed at once
 OVERSHOOT = 0.2  # beyond [0, 1], as resizing leaves it in floating-point pictures
 SETTINGS = "settings.json"  # in the folder of results, how they were made
+LOCK = threading.Lock()  # PyTorch's switches belong to the process, and a CUDA graph has one place for its results
 logger = logging.getLogger(__name__)
 
 
@@ -184,7 +186,8 @@ class Derainer:
                 torch.cuda.synchronize()
         except Exception as error:  # compilers fail in many ways
             self.compiled = None
-            logger.warning("note: the network runs uncompiled, as torch.compile failed: %s", str(error).split("\n")[0])
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            logger.warning("note: the network runs uncompiled, as torch.compile failed: %s", reason)
 
     def is_full(self, windows):
         return windows.shape[-2:] == (self.window, self.window)
@@ -193,7 +196,18 @@ class Derainer:
         return (self.compiled(x) if self.compiled and self.is_full(x) else self.net(x)[0]).float()
 
     def compute(self, x):
-        """Windows B×3×h×w on the device -> their results, float32."""
+        """Windows B×3×h×w on the device -> their results, float32. If they exceed a GPU's memory, this and all later
+        batches are halved."""
+        try:
+            return self.compute_at_once(x)
+        except torch.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+        self.pixels = x[: len(x) // 2, 0].numel()
+        torch.cuda.empty_cache()
+        return torch.cat([self.compute(half) for half in x.chunk(2)])
+
+    def compute_at_once(self, x):
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         comes_again = self.is_full(x) and len(x) == self.batch_size(*x.shape[2:])
         with torch.inference_mode(), strict_float32(benchmark=comes_again), autocast:
@@ -233,8 +247,9 @@ class Derainer:
         if self.gpu:
             x = x.pin_memory()
         x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        results = self.compute(x).to("cpu", non_blocking=True)  # into pinned memory
-        copied = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
+        with LOCK:
+            results = self.compute(x).to("cpu", non_blocking=True)  # into pinned memory
+            copied = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
         return canvases, results, copied
 
     def stream(self, pictures, progress=None):

@@ -69,8 +69,8 @@ def choose_device(gpus=None):
     """-> torch.device, which also becomes PyTorch's current one.
 
     Args:
-        gpus: a GPU's number, 0 or "0" (of "0,1" the first counts), or "cpu"; None takes a GPU if there is one. Under
-            torchrun each process takes the GPU of its local rank.
+        gpus: a GPU's number, 0 or "0" (of "0,1" the first counts), or "cpu"; None takes PyTorch's current GPU if there
+            is one. Under torchrun each process takes the GPU of its local rank.
 
     Raises UserError if there is no such GPU.
     """
@@ -78,7 +78,7 @@ def choose_device(gpus=None):
     if gpus == "cpu" or (gpus is None and not count):
         keep_freed_memory()
         return torch.device("cpu")
-    number = str(0 if gpus is None else gpus).split(",")[0]
+    number = str(torch.cuda.current_device() if gpus is None else gpus).split(",")[0]
     if not number.isdecimal():
         raise UserError(f"--gpus {gpus}: give a GPU's number, such as 0, or cpu.")
     number = int(os.environ.get("LOCAL_RANK", number))
@@ -96,17 +96,21 @@ def choose_device(gpus=None):
 
 @contextlib.contextmanager
 def strict_float32(benchmark=False):
-    """Makes GPUs compute float32 convolutions in float32. PyTorch's default rounds their inputs to TF32, of 10 bits,
-    and pictures then differ from a CPU's by a level here and there. `benchmark` lets cuDNN try its algorithms once for
-    each size of input: worth it for sizes that come again."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = False  # not conv.fp32_precision: with it, libraries that read this flag fail
-    cudnn.benchmark = benchmark
+    """Makes GPUs compute float32 convolutions and matrix products in float32. PyTorch's default, or the environment,
+    rounds their inputs to TF32, of 10 bits, and pictures then differ from a CPU's by a level here and there. A program
+    that has set PyTorch's fp32_precision keeps it. `benchmark` lets cuDNN try its algorithms once for each size of
+    input: worth it for sizes that come again."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    wanted, before = [(cudnn, "benchmark", benchmark), (cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)], []
     try:
+        for backend, name, value in wanted:
+            with contextlib.suppress(RuntimeError):  # it has set fp32_precision
+                before.append((backend, name, getattr(backend, name)))
+                setattr(backend, name, value)
         yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark = before
+        for setting in before:
+            setattr(*setting)
 
 
 def start_processes(gpus=None):
@@ -126,11 +130,13 @@ def end_processes():
 
 @contextlib.contextmanager
 def reports_lost_processes():
-    """Turns what gloo raises when another process has vanished into a UserError; NCCL waits until torchrun ends it."""
+    """Turns what gloo raises when another process has vanished into a UserError. NCCL waits until torchrun ends it, and
+    its own errors are of another kind."""
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not dist.is_initialized() or "NCCL" in str(error) or not lost:
             raise
         raise UserError(
             f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
