@@ -19,11 +19,11 @@ from PIL import Image
 
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.derain import Derainer
+from utils.derain import Derainer, derain_files
 from utils.devices import add_gpus, choose_device, print_cpu_warnings
 from utils.files import UserError, counted, listed, out_of_memory, reports_errors
 from utils.pictures import CLIP_ENDINGS, ENDINGS, read_image
-from utils.video import count_frames, derain_files, is_clip, result_path
+from utils.video import count_frames, is_clip, result_path
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # read while it is imported
 try:

@@ -25,12 +25,12 @@ from ablations import network_name
 from evaluations.metrics import PROTOCOLS, psnr_ssim
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
-from utils.derain import MODES, WINDOW, Derainer, is_current, remember_settings, results_settings
+from utils.derain import MODES, WINDOW, Derainer, derain_files, is_current, remember_settings, results_settings
 from utils.devices import add_gpus, choose_device, print_cpu_warnings
 from utils.files import UserError, counted, disk_failed, listed, reports_errors, write_csv
 from utils.pairs import DATASETS, Pair, clean_folder, known_dataset, match_by_name, rainy_folder
 from utils.pictures import find_pictures, read_image
-from utils.video import count_frames, derain_files, is_clip, result_path
+from utils.video import count_frames, is_clip, result_path
 
 BAR = "{l_bar}{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
 COLUMNS = ("picture", "psnr_rainy", "ssim_rainy", "psnr_derained", "ssim_derained")

@@ -18,7 +18,6 @@ import test as script
 from ablations import build
 from evaluations.metrics import psnr_ssim
 from tests.conftest import ROOT, failure, make_pairs
-from utils import video
 from utils.checkpoint import load_network, save_checkpoint
 from utils.derain import Derainer
 from utils.files import UserError
@@ -222,7 +221,7 @@ def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypat
             raise UserError(f"{path} cannot be read as a video.")
         output.write_text(f"{path.name} {derainer.window} {steady}")
 
-    monkeypatch.setattr(video, "derain_clip", derain_clip)
+    monkeypatch.setattr("utils.derain.derain_clip", derain_clip)
     for name in ("a.mp4", "b.webm", "c.mov"):
         (photos / name).touch()
     message = failure(run, [photos / "a.mp4", f"{photos}/*"], "--steady")

@@ -91,7 +91,7 @@ def derain(tmp_path):
 
     def run(clip, steady=False, problem=None):
         result = video.result_path(clip, tmp_path / "out")
-        unchanged = SimpleNamespace(pictures=lambda frames, progress: frames)
+        unchanged = SimpleNamespace(stream=lambda frames, progress: frames)
         with pytest.raises(UserError) if problem else contextlib.nullcontext() as caught:
             video.derain_clip(clip, result, unchanged, steady)
         assert not problem or problem in str(caught.value)

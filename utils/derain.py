@@ -22,6 +22,7 @@ from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device, strict_float32, usable_cores
 from utils.files import UserError, write_json
 from utils.pictures import QUALITY, from_channels, peak_value, read_picture, reflect_pad, to_channels, write_picture
+from utils.video import derain_clip, is_clip
 
 MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
@@ -293,6 +294,20 @@ class Derainer:
     def __call__(self, image):
         """Derains one picture."""
         return next(self.stream([(None, image)]))[1]
+
+
+def derain_files(derainer, outputs, quality=QUALITY, steady=False, progress=None):
+    """Derains the pictures and clips of a dict of path: path of the result -> yields (path, UserError or None).
+
+    `progress` is called with the share of a picture or frame that was just done, after each batch of windows."""
+    yield from derainer.files({path: outputs[path] for path in outputs if not is_clip(path)}, quality, progress)
+    for path in filter(is_clip, outputs):
+        try:
+            derain_clip(path, outputs[path], derainer, steady, progress)
+        except UserError as error:
+            yield path, error
+        else:
+            yield path, None
 
 
 def results_settings(weights, derainer):

@@ -222,17 +222,3 @@ def derain_clip(path, output, derainer, steady=False, progress=None):
             raise UserError(f"{path} cannot be derained ({error.strerror}): convert or remove it.") from error
     if clip.damaged or sound.damaged:
         raise UserError(f"{path} is damaged or cut off: {output} holds what could be decoded.")
-
-
-def derain_files(derainer, outputs, quality=pictures.QUALITY, steady=False, progress=None):
-    """Derains the pictures and clips of a dict of path: path of the result -> yields (path, UserError or None).
-
-    `progress` is called with the share of a picture or frame that was just done, after each batch of windows."""
-    yield from derainer.files({path: outputs[path] for path in outputs if not is_clip(path)}, quality, progress)
-    for path in filter(is_clip, outputs):
-        try:
-            derain_clip(path, outputs[path], derainer, steady, progress)
-        except UserError as error:
-            yield path, error
-        else:
-            yield path, None
