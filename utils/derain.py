@@ -229,7 +229,7 @@ class Derainer:
         for key, image in pictures:
             canvas = Canvas(key, image, *map(self.spans, image.shape[:2]))
             for window in canvas.windows():
-                if batch and (window.shape != batch[0][1].shape or len(batch) == self.batch_size(*window.shape[1:])):
+                if batch and (window.shape != batch[0][1].shape or len(batch) >= self.batch_size(*window.shape[1:])):
                     yield batch
                     batch = []
                 batch.append((canvas, window))
