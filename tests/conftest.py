@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ablations import build
-from utils.checkpoint import save_checkpoint
+from ablations import NETWORKS, build
+from utils import weights
+from utils.checkpoint import load_network, save_checkpoint
 from utils.pictures import write_png
 
 ROOT = Path(__file__).parent.parent
+NARROW = {"dim": 8, "num_blocks": (1, 1, 1)}  # a network that runs quickly
+NARROW_OPTIONS = ("--dim", "8", "--num_blocks", "1", "1", "1")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -28,13 +31,32 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def save_narrow(path, seed=0):
+    """Writes a checkpoint of a narrow network, which the scripts recognise."""
+    torch.manual_seed(seed)
+    save_checkpoint(path, epoch=1, state_dict=build(**NARROW).state_dict())
+    return path
+
+
 @pytest.fixture(scope="session")
 def narrow_weights(tmp_path_factory):
-    """A checkpoint of a narrow network, which the scripts recognise and run quickly."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "narrow.pth"
-    save_checkpoint(path, epoch=1, state_dict=build(dim=8, num_blocks=(1, 1, 1)).state_dict())
-    return path
+    return save_narrow(tmp_path_factory.mktemp("weights") / "narrow.pth")
+
+
+@pytest.fixture(scope="session")
+def narrow_net(narrow_weights):
+    return load_network(narrow_weights)
+
+
+@pytest.fixture
+def narrow_is_published(monkeypatch, tmp_path):
+    """The narrow network counts as NeRD-Rain-S, and released weights go to a new folder."""
+    monkeypatch.setitem(NETWORKS, "NeRD-Rain-S", NARROW)
+    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
+
+
+def random_picture(height, width, seed=0, dtype=np.uint8, channels=3):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (height, width, channels), dtype, endpoint=True)
 
 
 def make_pairs(root, count=6, size=(40, 48), seed=0):
@@ -60,14 +82,9 @@ def pairs_folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Random weights are the same whichever tests ran before in the process."""
+def tests_do_not_influence_each_other():
+    """Random weights are the same whichever tests ran before. train.py takes over Ctrl-C, SIGTERM and SIGHUP."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def signals_restored():
-    """train.py takes over Ctrl-C, SIGTERM and SIGHUP."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield

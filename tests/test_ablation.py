@@ -2,28 +2,23 @@ import json
 import statistics
 
 import pytest
-import torch
 
 import train
 from evaluations import ablation
 from evaluations.metrics import psnr_ssim
-from tests.conftest import make_pairs
-from utils.checkpoint import load_network, save_checkpoint
+from tests.conftest import NARROW_OPTIONS, failure, make_pairs, save_narrow
+from utils.checkpoint import load_network
 from utils.derain import Derainer
 from utils.pairs import find_pairs
 
 
-@pytest.fixture
-def runs(pairs_folder, tmp_path):
-    """Runs of two ablations, trained for two epochs with a narrow network, one of them with two seeds."""
+def test_the_table_and_the_curves_of_trained_ablations(pairs_folder, tmp_path, capsys):
+    """Two ablations, trained for two epochs with a narrow network, one of them with two seeds."""
     folders = ["--train_dir", str(pairs_folder), "--val_dir", str(pairs_folder), "--model_save_dir", str(tmp_path)]
-    size = ["--dim", "8", "--num_blocks", "1", "1", "1", "--patch_size", "32", "--num_epochs", "2", "--lr", "1e-3"]
+    size = [*NARROW_OPTIONS, "--patch_size", "32", "--num_epochs", "2", "--lr", "1e-3"]
     for name, seed in (("published", "1"), ("published", "2"), ("inr_none", "1")):
         train.main(["--ablation", name, "--seed", seed, "--num_workers", "0", "--gpus", "cpu", *folders, *size])
-    return tmp_path / "Deraininig" / "models" / "ablation"
-
-
-def test_the_table_and_the_curves_of_trained_ablations(runs, tmp_path, capsys):
+    runs = tmp_path / "Deraininig" / "models" / "ablation"
     data = make_pairs(tmp_path / "data", count=2, seed=1)
     arguments = ["--runs", str(runs), "--data", str(data), "--output", str(tmp_path / "out"), "--gpus", "cpu"]
     ablation.main(arguments)
@@ -51,12 +46,9 @@ def test_the_table_and_the_curves_of_trained_ablations(runs, tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_named(tmp_path):
-    runs = tmp_path / "runs"
-    data = [str(make_pairs(tmp_path / name / "test", count=1)) for name in "ab"]
-    with pytest.raises(SystemExit, match=r"runs holds no runs: train some with bash train\.sh ablation NAME"):
-        ablation.main(["--runs", str(runs), "--data", data[0]])
-    save_checkpoint(runs / "published" / "1" / "model_latest.pth", epoch=1, state_dict={"weight": torch.zeros(1)})
-    with pytest.raises(SystemExit, match="holds no run of x: it has published"):
-        ablation.main(["--runs", str(runs), "--data", data[0], "--names", "x"])
-    with pytest.raises(SystemExit, match="b/test and another test set are both called test"):
-        ablation.main(["--runs", str(runs), "--data", *data])
+    data, other_data = (str(make_pairs(tmp_path / name / "test", count=1)) for name in "ab")
+    arguments = ["--runs", str(tmp_path / "runs"), "--data", data]
+    assert "runs holds no runs: train some with bash train.sh ablation NAME" in failure(ablation.main, arguments)
+    save_narrow(tmp_path / "runs" / "published" / "1" / "model_latest.pth")
+    assert "holds no run of x: it has published" in failure(ablation.main, [*arguments, "--names", "x"])
+    assert "b/test and another test set are both called test" in failure(ablation.main, [*arguments, other_data])

@@ -15,18 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, make_pairs
+from tests.conftest import ROOT, make_pairs, random_picture, save_narrow
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer
 from utils.pictures import read_image, read_picture, write_png
 
-gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r requirements-app.txt")
-import gradio_client  # noqa: E402
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r requirements-app.txt")
+import gradio_client
 
-import app  # noqa: E402 (it needs Gradio)
+import app
 
-PICTURE = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+PICTURE = random_picture(40, 56)
 
 
 def files_below(folder):
@@ -36,11 +36,11 @@ def files_below(folder):
 
 
 @pytest.fixture
-def derain(tmp_path, narrow_weights):
+def derain(tmp_path, narrow_net):
     """Derains uploads to derained/ -> names of the results, and problems."""
 
     def run(*uploads, watch=lambda done, total: None):
-        folder, derainer = tmp_path / "derained", Derainer(load_network(narrow_weights))
+        folder, derainer = tmp_path / "derained", Derainer(narrow_net)
         folder.mkdir()
         results, problems = app.derain_uploads(list(map(str, uploads)), folder, derainer, watch)
         assert sorted(files_below(folder)) == sorted(path.name for path in results.values())
@@ -77,7 +77,7 @@ def press(tmp_path, narrow_weights, monkeypatch):
     return run
 
 
-def test_what_cannot_be_done_is_named_and_does_not_lose_the_others(derain, narrow_weights, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_named_and_does_not_lose_the_others(derain, narrow_net, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 10**6)
     for name in ("a.png", "sub/a.png"):
         write_png(tmp_path / name, PICTURE)
@@ -91,7 +91,7 @@ def test_what_cannot_be_done_is_named_and_does_not_lose_the_others(derain, narro
     assert names == ["a.png", "z.png"] and len(problems) == 3 and str(tmp_path) not in text
     assert "broken.jpg cannot be read as a picture" in text and "large.png has more than 1 megapixels" in text
     assert "a.png and another file would both become a.png: rename one" in text
-    expected = Derainer(load_network(narrow_weights))(PICTURE)
+    expected = Derainer(narrow_net)(PICTURE)
     assert np.array_equal(read_image(tmp_path / "derained" / "a.png"), expected)
     deep = read_picture(tmp_path / "derained" / "z.png")
     assert deep.grey and deep.pixels.dtype == np.uint16
@@ -113,8 +113,7 @@ def test_work_is_stopped_and_what_is_done_is_kept(derain, tmp_path, count, size)
 
 
 def test_clips_are_derained(derain, tmp_path):
-    pytest.importorskip("av", reason="PyAV is not installed: pip install -r requirements-extras.txt")
-    from tests.test_video import drifting_colours, write_clip
+    from tests.test_video import drifting_colours, write_clip  # which skips this test where PyAV is missing
 
     clip, seen = write_clip(tmp_path / "clip.mp4", drifting_colours(4)), []
     assert derain(clip, watch=lambda *progress: seen.append(progress)) == (["clip.mp4"], [])
@@ -151,10 +150,8 @@ def server(tmp_path, narrow_weights):
     command = [sys.executable, "app.py", "--gpus", "cpu", "--weights", narrow_weights, "--max_megapixels", "1"]
     env = {**os.environ, "TMPDIR": str(tmp_path / "served"), "http_proxy": "http://127.0.0.1:9"}  # which is not asked
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process, next(line for line in process.stdout if line.startswith("http")).split()[0]
-        finally:
-            process.kill()
+        yield process, next(line for line in process.stdout if line.startswith("http")).split()[0]
+        process.kill()
 
 
 def test_the_app_serves_its_files_alone_and_ends_without_leaving_any(server, tmp_path, narrow_weights, monkeypatch):
@@ -183,9 +180,7 @@ def test_the_app_serves_its_files_alone_and_ends_without_leaving_any(server, tmp
 
 
 def test_weights_are_chosen_from_a_list(tmp_path, monkeypatch):
-    own, mine = tmp_path / "checkpoints" / "own.pth", tmp_path / "checkpoints" / "models" / "mine.pth"
-    mine.parent.mkdir(parents=True)
-    mine.touch()
+    own, mine = tmp_path / "checkpoints" / "own.pth", save_narrow(tmp_path / "checkpoints" / "models" / "mine.pth")
     monkeypatch.setattr(app, "OWN_WEIGHTS", own)
     assert list(app.find_weights(own).items()) == [("own.pth", own), ("models/mine.pth", mine)]
     assert list(app.find_weights(tmp_path / "other.pth")) == ["../other.pth", "own.pth", "models/mine.pth"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import common, gpu, inference, seams, training
+from tests.conftest import failure
 from utils.files import UserError
 
 
@@ -16,9 +17,7 @@ def quick(tmp_path):
 
 def test_everything_for_a_gpu_is_measured_beside_the_published_formulation(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "LAST_START", float("inf"))  # on a busy machine, too
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(quick)
-    assert ended.value.code == 0
+    assert failure(gpu.main, quick) == "0"
     written = json.loads((tmp_path / "gpu_cpu.json").read_text())
     rows = written["rows"]
     assert written["facts"]["torch"] == torch.__version__ and written["facts"]["cores"] >= 1
@@ -44,14 +43,12 @@ def test_parts_that_fail_do_not_lose_the_others_and_none_begins_too_late(quick, 
     monkeypatch.setattr(gpu.training, "compare", None)
     monkeypatch.setattr(gpu.inference, "compare", lambda name, *args: [{"network": name}])
     monkeypatch.setattr(gpu, "compare_layouts", lambda *args: [{"network": "layer"}])
-    with pytest.raises(SystemExit, match="2 parts failed"):
-        gpu.main(quick)
+    assert "2 parts failed" in failure(gpu.main, quick)
     assert "'NoneType' object is not callable" in capsys.readouterr().err
     rows = json.loads((tmp_path / "gpu_cpu.json").read_text())["rows"]
     assert [row["network"] for row in rows] == ["layer", "NeRD-Rain", "NeRD-Rain-S"]
     monkeypatch.setattr(gpu, "LAST_START", -1)
-    with pytest.raises(SystemExit):
-        gpu.main(quick)
+    failure(gpu.main, quick)
     assert capsys.readouterr().out == "the time is up: the other parts are omitted\n"
 
 

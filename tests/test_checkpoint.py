@@ -7,15 +7,10 @@ import torch
 
 from ablations import ABLATIONS, DEFAULTS, build, network_name
 from tests import golden
+from tests.conftest import NARROW
 from utils import checkpoint
 from utils.checkpoint import build_network, load_checkpoint, load_network, load_newest, save_checkpoint
 from utils.files import UserError
-
-NARROW = {"dim": 8, "num_blocks": (1, 1, 1)}
-
-
-def narrow_weights():
-    return build(**NARROW).state_dict()
 
 
 def check_computes_like(net, other):
@@ -60,7 +55,7 @@ def test_trained_ablations_load_with_their_options(tmp_path, name, heads):
 
 
 def test_weights_are_exported_in_half_precision(tmp_path):
-    raw, averaged = narrow_weights(), narrow_weights()
+    raw, averaged = (build(**NARROW).state_dict() for _ in range(2))
     save_checkpoint(tmp_path / "both.pth", epoch=1, state_dict=raw, ema=averaged, optimizer={"state": {}})
     checkpoint.main([str(tmp_path / "both.pth"), str(tmp_path / "half.pth")])
     content = torch.load(tmp_path / "half.pth", weights_only=True)
@@ -80,7 +75,7 @@ TENSORS = [ZEROS.to("meta"), ZEROS.to_sparse(), torch.zeros(()).expand(3), ZEROS
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_is_no_dict_of_weights_is_refused(tmp_path, content):
-    for parts in (content, {"state_dict": content}, {"state_dict": narrow_weights(), "ema": content}):
+    for parts in (content, {"state_dict": content}, {"state_dict": build(**NARROW).state_dict(), "ema": content}):
         torch.save(parts, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match=r"wrong\.pth is not a checkpoint of NeRD-Rain: expected a dict .* found"):
             load_checkpoint(tmp_path / "wrong.pth")
@@ -99,7 +94,7 @@ def test_what_is_no_dict_of_weights_is_refused(tmp_path, content):
 )
 def test_weights_that_fit_no_network_say_what_was_expected_and_found(name, tensor, expected):
     with pytest.raises(UserError, match=rf"wrong\.pth .*{expected}"):
-        build_network({"state_dict": narrow_weights() | {name: tensor}}, "wrong.pth")
+        build_network({"state_dict": build(**NARROW).state_dict() | {name: tensor}}, "wrong.pth")
 
 
 def test_names_of_another_network_are_shown():
@@ -120,7 +115,7 @@ def test_names_of_another_network_are_shown():
 def test_options_of_no_network_are_refused(options):
     options = NARROW | options if isinstance(options, dict) else options
     with pytest.raises(UserError, match=r"wrong\.pth (describes a network that cannot be built|does not fit)"):
-        build_network({"state_dict": narrow_weights(), "options": options}, "wrong.pth")
+        build_network({"state_dict": build(**NARROW).state_dict(), "options": options}, "wrong.pth")
 
 
 class Hostile:
@@ -139,7 +134,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_truncated_and_damaged_checkpoints_are_named(tmp_path, zipped):
     path = tmp_path / "a.pth"
-    torch.save({"state_dict": narrow_weights()}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": build(**NARROW).state_dict()}, path, _use_new_zipfile_serialization=zipped)
     data = path.read_bytes()
     middle = len(data) // 2
     one_bit_changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]

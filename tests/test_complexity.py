@@ -4,7 +4,7 @@ from unittest.mock import Mock
 import torch
 
 from evaluations import complexity
-from tests.conftest import ROOT
+from tests.conftest import NARROW, ROOT
 
 
 def test_multiply_adds_are_counted_from_shapes(monkeypatch):
@@ -21,7 +21,7 @@ def test_the_documented_sizes_are_those_of_the_networks():
 
 def test_the_command_prints_a_line_for_each_network(monkeypatch, capsys):
     monkeypatch.setattr(complexity, "REPEATS", 1)
-    monkeypatch.setattr(complexity, "NETWORKS", {"narrow": {"dim": 8, "num_blocks": (1, 1, 1)}})
+    monkeypatch.setattr(complexity, "NETWORKS", {"narrow": NARROW})
     monkeypatch.setattr(complexity, "get_context", lambda method: multiprocessing.dummy)  # threads start sooner
     monkeypatch.setattr(complexity, "peak_memory", Mock(side_effect=[100, 130]))
     complexity.main(["--gpus", "cpu"])

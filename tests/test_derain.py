@@ -1,5 +1,4 @@
 import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -13,20 +12,11 @@ from PIL import Image
 from torch.backends import cudnn
 
 from ablations import build
+from tests.conftest import NARROW, random_picture, save_narrow
 from tests.golden import ARRAYS, golden_input, golden_network
-from utils.checkpoint import load_network, save_checkpoint
 from utils.derain import MODES, Derainer, derain, is_current, remember_settings, results_settings
 from utils.files import UserError
 from utils.pictures import read_image, write_picture, write_png
-
-
-@pytest.fixture(scope="module")
-def narrow_net(narrow_weights):
-    return load_network(narrow_weights)
-
-
-def random_picture(height, width, seed=0, dtype=np.uint8):
-    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (height, width, 3), dtype=dtype, endpoint=True)
 
 
 def levels(a, b):
@@ -183,7 +173,7 @@ def test_a_compiled_network_is_compiled_once_for_pictures_of_all_sizes(monkeypat
 
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
     images = [random_picture(*size) for size in ((40, 40), (20, 64), (64, 33), (100, 70))]
-    derainer = Derainer(build(8, (1, 1, 1), passes=(0, 1, 1), inr="first"), "tile", 32)
+    derainer = Derainer(build(**NARROW, passes=(0, 1, 1), inr="first"), "tile", 32)
     expected = [derainer(image) for image in images]
     derainer.pixels = 3 * 32 * 32
     derainer.compile()
@@ -251,8 +241,7 @@ def test_results_are_current_if_newer_and_made_with_the_same_settings(narrow_net
         os.utime(result, (changed, changed))
         assert is_current(result, source, made, folder) == expected
     assert not is_current(result.with_name("b.png"), source, made, folder)
-    other_weights = tmp_path / "a.pth"
-    other_weights.write_bytes(narrow_weights.read_bytes() + b"\0")
+    other_weights = save_narrow(tmp_path / "a.pth", seed=1)
     assert not is_current(result, source, results_settings(other_weights, Derainer(narrow_net)), folder)
     for options in ({"mode": "window"}, {"window": 128}, {"bf16": True}, {"ensemble": True}):
         settings = results_settings(narrow_weights, Derainer(narrow_net, **options))
@@ -297,14 +286,14 @@ def test_images_come_back_as_they_went_in(narrow_weights, mode):
         assert np.array_equal(result, derain(np.asarray(image), narrow_weights, gpus="cpu"))
 
 
-def test_files_are_derained_to_files(narrow_weights, tmp_path, monkeypatch):
+def test_files_are_derained_to_files(narrow_weights, narrow_net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pixels = random_picture(40, 50)
     write_png("a.png", pixels)
     assert derain("a.png", narrow_weights, gpus="cpu") == Path("results/a.png")
     assert np.array_equal(read_image("results/a.png"), derain(pixels, narrow_weights, gpus="cpu"))
     windows = derain(pixels, narrow_weights, gpus="cpu", mode="window", window=16)
-    assert np.array_equal(windows, Derainer(load_network(narrow_weights), "window", 16)(pixels))
+    assert np.array_equal(windows, Derainer(narrow_net, "window", 16)(pixels))
     assert derain(Path("a.png"), narrow_weights, output="b.tif", gpus="cpu") == Path("b.tif") and Path("b.tif").exists()
     with pytest.raises(UserError, match=r"results/a\.png: its result would overwrite it"):
         derain("results/a.png", narrow_weights, gpus="cpu")
@@ -320,11 +309,9 @@ def test_arrays_that_are_no_pictures_are_refused(narrow_weights):
             derain(image, narrow_weights, gpus="cpu")
 
 
-def test_another_checkpoint_of_the_same_name_is_noticed(narrow_weights, tmp_path):
-    image, path = np.full((32, 32, 3), 100, np.uint8), tmp_path / "a.pth"
-    shutil.copy(narrow_weights, path)
+def test_another_checkpoint_of_the_same_name_is_noticed(tmp_path):
+    image, path = np.full((32, 32, 3), 100, np.uint8), save_narrow(tmp_path / "a.pth")
     first = derain(image, path, gpus="cpu")
-    torch.manual_seed(5)
-    save_checkpoint(path, state_dict=build(dim=8, num_blocks=(1, 1, 1)).state_dict())
+    save_narrow(path, seed=5)
     os.utime(path, (1000, 1000))  # some file systems count in seconds
     assert not np.array_equal(derain(image, path, gpus="cpu"), first)

@@ -1,4 +1,5 @@
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,10 +100,7 @@ def test_float32_is_strict_within_and_as_before_afterwards(backend, allowed):
 def test_a_program_that_has_set_the_precision_of_float32_keeps_it(monkeypatch):
     class Cudnn:
         benchmark = False
-
-        @property
-        def allow_tf32(self):
-            raise RuntimeError("mixed")  # as PyTorch does after cudnn.conv.fp32_precision = "ieee"
+        allow_tf32 = property(Mock(side_effect=RuntimeError("mixed")))  # as after cudnn.conv.fp32_precision = "ieee"
 
     monkeypatch.setattr(torch.backends, "cudnn", Cudnn())
     with devices.strict_float32(benchmark=True):

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, make_pairs
+from tests.conftest import ROOT, make_pairs, random_picture
 from utils import doctor
 from utils.pictures import Picture, read_image, write_picture, write_png
 
@@ -39,7 +39,8 @@ def test_pictures_that_are_not_pairs(dataset, capsys):
         path.rename(path.with_name(f"other_{path.name}"))
     text = report(capsys, dataset, healthy=False)
     assert "cannot be used (10)" in text and "test: 0 pairs" in text
-    for reason in ("0.png has no clean", "1.png cannot be read", "differ in size", "3.png is the same picture as its"):
+    assert "input/2.png (48×40) and" in text and "target/2.png (20×20) differ in size" in text
+    for reason in ("0.png has no clean", "1.png cannot be read", "3.png is the same picture as its"):
         assert reason in text
 
 
@@ -63,7 +64,7 @@ def test_duplicates_are_noted(dataset, capsys):
 
 @pytest.mark.parametrize("change", ["none", "jpeg", "larger", "shifted"])
 def test_clean_pictures_in_both_train_and_test_are_found(dataset, capsys, change):
-    scene = cv2.resize(np.random.default_rng(5).integers(0, 255, (6, 8, 3), dtype=np.uint8), (96, 80))
+    scene = cv2.resize(random_picture(6, 8, seed=5), (96, 80))
     changed = {"larger": cv2.resize(scene, None, fx=2, fy=2), "shifted": np.roll(scene, 1, axis=1)}.get(change, scene)
     ending = "jpg" if change == "jpeg" else "png"
     for image, part, name in ((scene, "train", "s.png"), (changed, "test", f"s.{ending}")):
@@ -76,5 +77,5 @@ def test_clean_pictures_in_both_train_and_test_are_found(dataset, capsys, change
 
 
 def test_halves_side_by_side(tmp_path, capsys):
-    write_png(tmp_path / "1.png", np.random.default_rng(0).integers(0, 255, (20, 48, 3), dtype=np.uint8))
+    write_png(tmp_path / "1.png", random_picture(20, 48))
     assert "24×20 (1)" in report(capsys, tmp_path, "--clean_half", "left", healthy=True)

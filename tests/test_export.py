@@ -7,16 +7,15 @@ import torch
 
 import export
 from ablations import build
-from tests.conftest import ROOT, make_pairs
+from tests.conftest import ROOT, make_pairs, random_picture
 from utils.checkpoint import save_checkpoint
 from utils.derain import Derainer
 from utils.pictures import Picture, read_image, write_picture, write_png
 
-for name in ("onnx", "onnxscript", "onnxruntime"):
+onnx, onnxruntime, _ = (
     pytest.importorskip(name, reason="it is not installed: pip install -r requirements-extras.txt")
-import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
-
+    for name in ("onnx", "onnxruntime", "onnxscript")
+)
 pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the exporter of PyTorch 2.6 fails")
 
 
@@ -69,7 +68,7 @@ def test_the_example_derains_8_bit_pictures(exported, small_net, tmp_path):
         command = ["docs/onnx_example.py", exported / "any.onnx", tmp_path / name, tmp_path / "derained.png"]
         return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
-    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    picture = random_picture(50, 70)
     write_png(tmp_path / "rainy.png", picture)
     assert run("rainy.png").returncode == 0
     expected = Derainer(small_net, "whole")(picture)

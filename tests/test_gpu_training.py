@@ -12,6 +12,7 @@ from tests.test_train import arguments
 
 # In older releases, the fake CUDA tensors of a CUDA build ask for a driver, too.
 needs_fake_cuda = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="needs a newer PyTorch")
+ON_CUDA = [pytest.param("cuda", name, marks=needs_fake_cuda) for name in (*ablations.NETWORKS, "inr_coordinate_random")]
 
 
 class CountsReads(TorchDispatchMode):
@@ -55,14 +56,7 @@ def moved_to_fake(module, device):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(
-    "device, network",
-    [
-        ("cpu", "NeRD-Rain"),
-        *(pytest.param("cuda", name, marks=needs_fake_cuda) for name in ablations.NETWORKS),
-        pytest.param("cuda", "inr_coordinate_random", marks=needs_fake_cuda),
-    ],
-)
+@pytest.mark.parametrize("device, network", [("cpu", "NeRD-Rain"), *ON_CUDA])
 def test_a_training_step_never_waits_for_its_device(pairs_folder, tmp_path, monkeypatch, device, network, bf16):
     """A fake tensor cannot be read, nor copied or joined with one of another device. In PyTorch built for CUDA,
     autograd's engine asks for a driver when it meets a CUDA tensor: there the backward pass only fills in gradients."""

@@ -1,17 +1,13 @@
 import pytest
 import torch
 
-import ablations
 from evaluations.metrics import psnr_ssim
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_narrow
 from tests.golden import NUMBERS
-from utils import weights
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer
 from utils.files import UserError
 from utils.pictures import read_image
-
-DEMO = ROOT / "Datasets" / "demo" / "test"
 
 
 def load(name, **options):
@@ -26,18 +22,16 @@ def test_networks_without_weights():
 def test_own_weights():
     net, own = load("nerd_rain_s", pretrained=True), load_network(OWN_WEIGHTS)
     assert not net.training and all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
-    rainy, clean = (read_image(DEMO / name)[:128, :128] for name in ("input/chelsea_2.png", "target/chelsea.png"))
+    demo = ROOT / "Datasets" / "demo" / "test"
+    rainy, clean = (read_image(demo / name)[:128, :128] for name in ("input/chelsea_2.png", "target/chelsea.png"))
     derained = Derainer(net, "window", 128)(rainy)
     assert psnr_ssim(derained, clean, "rain200")[0] > psnr_ssim(rainy, clean, "rain200")[0] + 5
     with pytest.raises(UserError, match=r"no weights of NeRD-Rain; .* pretrained='Rain200L', 'Rain200H'"):
         load("nerd_rain", pretrained=True)
 
 
-def test_released_weights(tmp_path, monkeypatch, narrow_weights):
-    monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
-    monkeypatch.setattr(weights, "RELEASED", tmp_path)
-    (tmp_path / "NeRD-Rain-S").mkdir()
-    (tmp_path / "NeRD-Rain-S" / "Rain200L.pth").write_bytes(narrow_weights.read_bytes())
+def test_released_weights(narrow_is_published, tmp_path):
+    save_narrow(tmp_path / "released" / "NeRD-Rain-S" / "Rain200L.pth")
     assert load("nerd_rain_s", pretrained="Rain200L").options["dim"] == 8
 
 

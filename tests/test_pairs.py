@@ -81,13 +81,6 @@ def test_side_by_side_pictures_are_split(tmp_path, clean_half):
         find_pairs(tmp_path, clean_half)[0].read()
 
 
-def test_unequal_sizes_are_named(tmp_path):
-    write_png(tmp_path / "a.png", GREY)
-    write_png(tmp_path / "b.png", GREY[1:])
-    with pytest.raises(UserError, match=r"a.png \(20×20\) and .*b.png \(20×19\) differ in size"):
-        Pair(tmp_path / "a.png", tmp_path / "b.png").read()
-
-
 def test_held_out_scenes_are_not_trained_on():
     pairs = [Pair(Path(f"{scene}_{version}"), Path(f"{scene}")) for scene in range(10) for version in range(3)]
     training, validation = hold_out(pairs, 0.2, seed=1)

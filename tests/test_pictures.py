@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
+from utils import pictures
 from utils.files import UserError
-from utils.pictures import (
-    KEEPABLE,
-    Picture,
-    find_pictures,
-    read_image,
-    read_picture,
-    reflect_pad,
-    skipped,
-    to_channels,
-    write_picture,
-)
+from utils.pictures import KEEPABLE, Picture, find_pictures, read_image, read_picture, skipped, write_picture
 
 COLOUR = np.stack([*np.mgrid[:240:10, :200:10], np.full((24, 20), 90)], axis=2).astype(np.uint8)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -63,7 +54,7 @@ def test_pictures_and_their_metadata_survive_reading_and_writing(tmp_path, endin
     write_picture(path, picture, quality=100)
     again = read_picture(path)
     assert again.pixels.dtype == dtype and not again.grey
-    difference = np.abs(to_channels(again).astype(int) - to_channels(picture)).mean()
+    difference = np.abs(pictures.to_channels(again).astype(int) - pictures.to_channels(picture)).mean()
     assert difference <= (0 if ending in (".png", ".bmp", ".tif", ".tiff") else 6)
     if ending != ".bmp":
         write_picture(tmp_path / "b.png", again)
@@ -123,7 +114,7 @@ def test_16_bit_files_of_other_programs_are_read(tmp_path):
     for name, pixels in contents.items():
         picture = read_picture(tmp_path / name)
         assert picture.pixels.dtype == np.uint16 and picture.grey == (pixels.shape[2] < 3), name
-        assert np.array_equal(np.atleast_3d(to_channels(picture)), pixels), name
+        assert np.array_equal(np.atleast_3d(pictures.to_channels(picture)), pixels), name
         assert np.array_equal(read_image(tmp_path / name), picture.pixels >> 8)
 
 
@@ -179,14 +170,14 @@ def test_transparent_colours_palettes_frames_and_damaged_exif_data(tmp_path, cap
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
-    for picture, endings in (
-        (Picture(COLOUR), (".gif", ".heic", "")),
-        (Picture(COLOUR.astype(np.uint16)), (".jpg", ".webp", ".bmp", ".avif")),
-        (Picture(COLOUR, alpha=COLOUR[..., 0]), (".jpg", ".bmp")),
-        (Picture(np.zeros((1, 16_384, 3), np.uint8)), (".webp",)),  # which is too wide
+    for picture, endings, reason in (
+        (Picture(COLOUR), (".gif", ".heic", ""), r"choose .*\.png"),
+        (Picture(COLOUR.astype(np.uint16)), (".jpg", ".webp", ".bmp", ".avif"), "holds no 16 bits: write PNG"),
+        (Picture(COLOUR, alpha=COLOUR[..., 0]), (".jpg", ".bmp"), "holds no alpha: write PNG"),
+        (Picture(np.zeros((1, 16_384, 3), np.uint8)), (".webp",), "write PNG"),  # which is too wide
     ):
         for ending in endings:
-            with pytest.raises(UserError, match=rf"a{ending} cannot be written.*(choose .*\.png|write PNG)"):
+            with pytest.raises(UserError, match=rf"a{ending} cannot be written.*{reason}"):
                 write_picture(tmp_path / f"a{ending}", picture)
     assert not any(tmp_path.iterdir())
 
@@ -207,8 +198,6 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=rf"{path.name} cannot be read as a picture \([^/]*\): convert, replace"):
             read_picture(path)
-    with pytest.raises(UserError, match=r"nowhere.png does not exist"):
-        read_picture(tmp_path / "nowhere.png")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged TIFF files
@@ -251,7 +240,6 @@ def test_pictures_are_found_in_files_trees_and_patterns(tmp_path, monkeypatch):
     for source, reason in (("", "without a name"), ("nowhere", "does not exist"), ("*.txt", "holds no pictures")):
         with pytest.raises(UserError, match=reason):
             find_pictures(source and tmp_path / source)
-
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError("locked")))  # to root, too
     with pytest.raises(PermissionError, match="locked"):
         find_pictures(tmp_path)
@@ -289,7 +277,7 @@ def test_what_is_skipped_in_a_folder_or_pattern_is_counted(tmp_path):
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 5), (3, 2), (5, 4)])
 def test_reflection_pads_any_picture(height, width):
     image = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
-    padded = reflect_pad(image, 16, 4)
+    padded = pictures.reflect_pad(image, 16, 4)
     assert padded.shape == (16, max(4, width), 3)
     there_and_back = [*range(height), *range(height - 2, 0, -1)]
     assert np.array_equal(padded[:, :width], image[np.resize(there_and_back, 16)])

@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.conftest import failure
+from tests.conftest import failure, random_picture
 from utils import prepare
 from utils.pairs import find_pairs
 from utils.pictures import from_channels, read_picture, to_channels, write_picture, write_png
@@ -50,11 +50,11 @@ def test_distributions_become_pairs_of_the_same_files(tmp_path, name):
 
 @pytest.mark.parametrize("clean_half", ["left", "right"])
 def test_halves_of_pictures_keep_grey_alpha_and_bits(tmp_path, clean_half):
-    rng, source = np.random.default_rng(0), tmp_path / "source"
+    source = tmp_path / "source"
     pictures = {
-        "Rain_Light/1.jpg": rng.integers(0, 255, (20, 48, 3), dtype=np.uint8),
-        "alpha.png": rng.integers(0, 255, (20, 48, 4), dtype=np.uint8),
-        "grey.png": rng.integers(0, 65535, (20, 48, 1), dtype=np.uint16),
+        "Rain_Light/1.jpg": random_picture(20, 48),
+        "alpha.png": random_picture(20, 48, channels=4),
+        "grey.png": random_picture(20, 48, channels=1, dtype=np.uint16),
     }
     for name, pixels in pictures.items():
         write_picture(source / name, from_channels(pixels))
@@ -66,7 +66,7 @@ def test_halves_of_pictures_keep_grey_alpha_and_bits(tmp_path, clean_half):
 
 
 def test_halves_that_cannot_be_split_are_named(tmp_path):
-    source, image = tmp_path / "source", np.random.default_rng(0).integers(0, 255, (20, 48, 3), dtype=np.uint8)
+    source, image = tmp_path / "source", random_picture(20, 48)
     write_png(source / "1.png", image)
     write_png(source / "2.png", image[:, :41])
     (source / "3.png").write_bytes(b"broken")
@@ -74,9 +74,8 @@ def test_halves_that_cannot_be_split_are_named(tmp_path):
     assert "2 pictures left out" in message and "2.png is 41 pixels wide" in message and "3.png cannot" in message
     assert len(find_pairs(tmp_path / "set")) == 1
     first = (tmp_path / "set" / "target" / "1.png").read_bytes()
-    assert "already exists and is not a half" in failure(
-        run, source / "1.png", tmp_path / "set", "--clean_half", "right"
-    )
+    message = failure(run, source / "1.png", tmp_path / "set", "--clean_half", "right")
+    assert "already exists and is not a half" in message
     assert (tmp_path / "set" / "target" / "1.png").read_bytes() == first
 
 

@@ -5,27 +5,22 @@ import numpy as np
 import pytest
 import torch
 
-import ablations
 from evaluations import reproduce
 from evaluations.metrics import psnr_ssim
 from evaluations.reproduce import SETS, as_latex, as_markdown, paper_scores, table_row
-from tests.conftest import make_pairs
+from tests.conftest import make_pairs, save_narrow
 from utils import weights
-from utils.checkpoint import save_checkpoint
 from utils.pairs import DATASETS, find_pairs
 from utils.pictures import read_image, write_picture
 
 
 @pytest.fixture
-def toy(tmp_path, narrow_weights, monkeypatch):
+def toy(tmp_path, narrow_is_published, monkeypatch):
     """A toy copy of the five sets, with two pictures each, and a mirror with weights of a narrow NeRD-Rain-S."""
-    monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
-    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
-    (tmp_path / "mirror" / "NeRD-Rain-S").mkdir(parents=True)
     for seed, name in enumerate(SETS):
         monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(test_pairs=2))
         make_pairs(tmp_path / "data_dir" / name / "test", count=2, seed=seed)
-        shutil.copy(narrow_weights, tmp_path / "mirror" / "NeRD-Rain-S" / f"{name}.pth")
+        save_narrow(tmp_path / "mirror" / "NeRD-Rain-S" / f"{name}.pth")
     return tmp_path
 
 
@@ -63,9 +58,7 @@ def test_results_are_made_again_only_if_they_are_missing_or_of_other_weights(toy
     kept = (folder / "0.png").stat().st_mtime_ns
     assert run(toy, "Rain200L")[0]["Rain200L", "NeRD-Rain-S"] == first
     assert (folder / "0.png").stat().st_mtime_ns == kept
-    path = toy / "released/NeRD-Rain-S/Rain200L.pth"
-    torch.manual_seed(1)
-    save_checkpoint(path, state_dict=ablations.build(8, (1, 1, 1)).state_dict())
+    path = save_narrow(toy / "released/NeRD-Rain-S/Rain200L.pth", seed=1)
     rows, _, message = run(toy, "Rain200L")
     assert not message and rows["Rain200L", "NeRD-Rain-S"]["psnr"] != first["psnr"]
     path.write_bytes(b"damaged")

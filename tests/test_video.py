@@ -9,7 +9,6 @@ import pytest
 
 from tests.test_test import disk_with_room_for
 from utils import video
-from utils.checkpoint import load_network
 from utils.derain import Derainer
 from utils.files import UserError
 
@@ -100,9 +99,9 @@ def derain(tmp_path):
     return run
 
 
-def test_a_clip_is_derained_frame_by_frame_with_its_sound(tmp_path, narrow_weights):
+def test_a_clip_is_derained_frame_by_frame_with_its_sound(tmp_path, narrow_net):
     clip, result = write_clip(tmp_path / "clip.mp4", drifting_colours(8), sound="aac"), tmp_path / "out" / "clip.mp4"
-    derainer, shares = Derainer(load_network(narrow_weights), window=32), []
+    derainer, shares = Derainer(narrow_net, window=32), []
     video.derain_clip(clip, result, derainer, progress=shares.append)
     assert sum(shares) == pytest.approx(8) and len(shares) > 8
     luma = (0.299, 0.587, 0.114)  # the colours of what a random network makes are lost to their halved resolution

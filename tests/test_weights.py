@@ -6,26 +6,19 @@ import threading
 import pytest
 
 import ablations
+from tests.conftest import save_narrow
 from utils import weights
 from utils.checkpoint import save_checkpoint
 from utils.files import UserError
-from utils.weights import fetch
 
-
-@pytest.fixture(autouse=True)
-def narrow_is_published(monkeypatch, tmp_path):
-    """The narrow network counts as NeRD-Rain-S, and released weights go to a new folder."""
-    monkeypatch.setitem(ablations.NETWORKS, "NeRD-Rain-S", {"dim": 8, "num_blocks": (1, 1, 1)})
-    monkeypatch.setattr(weights, "RELEASED", tmp_path / "released")
+pytestmark = pytest.mark.usefixtures("narrow_is_published")
 
 
 @pytest.fixture
-def mirror(tmp_path, narrow_weights):
+def mirror(tmp_path):
     """A folder that mirrors one file of released weights."""
-    folder = tmp_path / "mirror" / "NeRD-Rain-S"
-    folder.mkdir(parents=True)
-    shutil.copy(narrow_weights, folder / "Rain200L.pth")
-    return str(folder.parent)
+    save_narrow(tmp_path / "mirror" / "NeRD-Rain-S" / "Rain200L.pth")
+    return str(tmp_path / "mirror")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,8 +27,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.ranges.append(wanted)
         content, start = self.server.content, int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if content is None:
-            self.send_error(404)
-            return
+            return self.send_error(404)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -70,12 +62,12 @@ def test_the_list_names_all_weights_and_where_they_are(capsys, mirror):
 def test_an_interrupted_download_leaves_nothing_in_place_and_is_resumed(host, narrow_weights, tmp_path):
     host.content, host.cut_at = narrow_weights.read_bytes(), 1_000_000
     with pytest.raises(UserError, match=r"s\.pth could not be fetched .*incomplete.*the same command resumes it"):
-        fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
+        weights.fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
     (part,) = (tmp_path / "new").iterdir()
     received = part.stat().st_size
     assert 0 < received <= 1_000_000
     host.cut_at = None
-    fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
+    weights.fetch(host.url, tmp_path / "new" / "s.pth", "NeRD-Rain-S")
     assert host.ranges[-1] == f"bytes={received}-"
     assert (tmp_path / "new" / "s.pth").read_bytes() == host.content
     assert len(list((tmp_path / "new").iterdir())) == 1
@@ -96,7 +88,7 @@ def test_only_the_right_network_takes_its_place(host, narrow_weights, tmp_path):
     for message, content in contents.items():
         host.content = content
         with pytest.raises(UserError, match=rf"{host.url}.*({message})"):
-            fetch(host.url, path, "NeRD-Rain-S")
+            weights.fetch(host.url, path, "NeRD-Rain-S")
         assert [file.name for file in path.parent.iterdir()] == ["s.pth"] and path.read_bytes() == b"as it was"
 
 
