@@ -100,8 +100,8 @@ class EpochSampler(Sampler):
     yields lists of indices of TrainingPatches.
 
     Together the processes see each picture once, in the batches that a single process would see. A process for which
-    a batch has no picture left takes the batch's first one, so that all take equally many steps; `share` does not
-    count it.
+    a batch has no picture left takes the batch's first one, so that all take equally many steps; `counts` leaves it
+    out.
     """
 
     def __init__(self, size, batch_size, seed, rank=0, world=1):

@@ -283,7 +283,7 @@ class Trainer:
             self.compile()
 
         self.check_steps = 1
-        if self.device.type == "cuda":  # several processes see signals at looks, and torchrun waits 30 seconds for them
+        if self.device.type == "cuda":  # several processes see signals at these checks, which torchrun awaits for 30 s
             self.check_steps = CHECK_STEPS if self.world == 1 else CHECK_STEPS // 5
         self.unchecked, self.loss_text = [], ""  # steps whose losses were not checked yet; the last loss that was
         self.next_line = time.monotonic() + PROGRESS_SECONDS

@@ -81,18 +81,20 @@ def run_rounds(variants, args):
     """
     gpu, runs = args.device.type == "cuda", {}
     for name, build_variant in variants.items():
-        if gpu:
-            before = torch.cuda.memory_allocated(args.device)
+        if gpu:  # reserved memory counts that of CUDA graphs, too
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(args.device)
         try:
             function, pictures = build_variant()
             output = function()
             if gpu:  # the first time also held what compiling and cuDNN's search needed
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(args.device)
                 function()
         except torch.OutOfMemoryError:
             print(f"{name} does not fit into the GPU's memory")
             continue
-        memory = (torch.cuda.max_memory_allocated(args.device) - before) / 2**20 if gpu else None
+        memory = (torch.cuda.max_memory_reserved(args.device) - before) / 2**20 if gpu else None
         runs[name] = Run(function, pictures, output, memory, [])
     for _ in range(args.rounds):
         for name, run in runs.items():

@@ -38,7 +38,7 @@ def compare_layouts(channels, side, args):
         def convolve():
             for _ in range(count):
                 result = F.conv2d(x, weight, padding=1, groups=channels)
-                x.grad, weight.grad = torch.autograd.grad(result, (x, weight), result.detach())
+                torch.autograd.grad(result, (x, weight), result.detach())
             return result[0, 0].detach().float().cpu()
 
         return convolve, count
@@ -49,7 +49,7 @@ def compare_layouts(channels, side, args):
         for layout in (torch.contiguous_format, torch.channels_last)
     }
     runs = run_rounds(variants, args)
-    return as_rows(runs, network="depthwise convolution", task=f"training {channels} × {side}²")
+    return as_rows(runs, network="depthwise convolution", task=f"{channels} channels, {side}²")
 
 
 @reports_errors

@@ -24,7 +24,7 @@ def test_everything_for_a_gpu_is_measured_beside_the_published_formulation(quick
     baseline, ours = common.BASELINE, ["float32", "bfloat16"]
     layouts = [f"{dtype}, {layout}" for dtype in ours for layout in ("contiguous_format", "channels_last")]
     assert [(row["network"], row["task"], row["variant"]) for row in rows] == [
-        *[("depthwise convolution", "training 8 × 32²", variant) for variant in layouts],
+        *[("depthwise convolution", "8 channels, 32²", variant) for variant in layouts],
         *[("NeRD-Rain", "training 1 × 32²", variant) for variant in (f"{baseline}, batch 1", *ours)],
         *[("NeRD-Rain", "deraining 56×40", variant) for variant in (baseline, *ours)],
         *[("NeRD-Rain-S", "deraining 56×40", variant) for variant in (baseline, *ours)],

@@ -84,17 +84,20 @@ def test_busy_cores_are_announced(monkeypatch, load, threads, advice):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("backend", [torch.backends.cudnn, torch.backends.cuda.matmul])
 @pytest.mark.parametrize("allowed", [True, False])
-def test_float32_is_strict_within_and_as_before_afterwards(backend, allowed):
-    before, backend.allow_tf32 = backend.allow_tf32, allowed
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_is_strict_within_and_as_before_afterwards(allowed, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
         with pytest.raises(KeyError), devices.strict_float32():
-            assert backend.allow_tf32 is False  # which libraries read, too
+            assert torch.backends.cudnn.allow_tf32 is False  # which libraries read, too
+            assert torch.get_float32_matmul_precision() == "highest"
             raise KeyError
-        assert backend.allow_tf32 is allowed
+        assert torch.backends.cudnn.allow_tf32 is allowed and torch.get_float32_matmul_precision() == precision
     finally:
-        backend.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_program_that_has_set_the_precision_of_float32_keeps_it(monkeypatch):
@@ -108,11 +111,25 @@ def test_a_program_that_has_set_the_precision_of_float32_keeps_it(monkeypatch):
     assert not torch.backends.cudnn.benchmark
 
 
-def test_a_lost_process_is_reported_and_no_other_error(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("gloo: Connection closed\nby peer"),
+        dist.DistBackendError("setting up NCCL communicator, but got error: Connection closed by peer"),
+        dist.DistBackendError("NCCL error: remote process exited or there was a network error, Connection closed"),
+    ],
+)
+def test_a_lost_process_is_reported(error, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    lost = r"another process .* is out of reach \(gloo: closed\); .* same command"
+    lost = r"another process .* is out of reach \(.*Connection closed.*\); .* same command"
     with pytest.raises(UserError, match=lost), devices.reports_lost_processes():
-        raise RuntimeError("gloo: closed\nby peer")
-    for error in (RuntimeError("a bug"), dist.DistBackendError("NCCL error\nLast error: /dev/shm is too small")):
-        with pytest.raises(type(error), match=r"a bug|too small"), devices.reports_lost_processes():
-            raise error
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), dist.DistBackendError("NCCL error\nLast error: /dev/shm is too small")]
+)
+def test_other_errors_of_several_processes_stay_as_they_are(error, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(type(error), match=str(error)), devices.reports_lost_processes():
+        raise error

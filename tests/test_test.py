@@ -212,7 +212,7 @@ def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypat
             raise UserError(f"{path} cannot be read as a video.")
         output.write_text(f"{path.name} {derainer.window} {steady}")
 
-    monkeypatch.setattr("utils.derain.derain_clip", derain_clip)
+    monkeypatch.setattr("utils.video.derain_clip", derain_clip)
     for name in ("a.mp4", "b.webm", "c.mov"):
         (photos / name).touch()
     message = failure(run, [photos / "a.mp4", f"{photos}/*"], "--steady")

@@ -233,7 +233,7 @@ def test_broken_pictures_are_named_before_the_first_epoch(options, tmp_path, pai
 @pytest.mark.parametrize("check_steps", [1, 50])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_named_and_never_saved(options, tmp_path, monkeypatch, poison, check_steps):
-    """A loss or, though the loss is finite, a gradient; the run would save after the next step, before it looks."""
+    """A loss or, though the loss is finite, a gradient; the run would save after the next step, before it checks."""
     monkeypatch.setattr(train, "SAVE_STEPS", 2)
     losses = train.Trainer.losses
 

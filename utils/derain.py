@@ -1,5 +1,6 @@
-"""Deraining pictures of any size: by the windows of the published test procedure, by blended tiles, or whole."""
+"""Deraining pictures of any size, and files: by the published test procedure's windows, by blended tiles, or whole."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -22,14 +23,13 @@ from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.devices import choose_device, strict_float32, usable_cores
 from utils.files import UserError, write_json
 from utils.pictures import QUALITY, from_channels, peak_value, read_picture, reflect_pad, to_channels, write_picture
-from utils.video import derain_clip, is_clip
 
 MODES = ("window", "tile", "whole")
 WINDOW = 256  # pixels; what the paper's tables were made with
 GPU_PIXELS = 8 * 256 * 256  # computed at once
 OVERSHOOT = 0.2  # beyond [0, 1], as resizing leaves it in floating-point pictures
 SETTINGS = "settings.json"  # in the folder of results, how they were made
-LOCK = threading.Lock()  # PyTorch's switches belong to the process, and a CUDA graph has one place for its results
+LOCK = threading.Lock()  # on GPUs: switches of precision are the process's, and a CUDA graph overwrites its last result
 logger = logging.getLogger(__name__)
 
 
@@ -119,9 +119,8 @@ def ahead(items, count):
 
 
 def self_ensemble(forward, x):
-    """The mean over four mirrorings (geometric self-ensemble, EDSR, arXiv 1707.02921).
-
-    EDSR's quarter turns are left out: they lay falling rain flat, which networks hardly know."""
+    """B×3×h×w -> the mean over four mirrorings (geometric self-ensemble, EDSR, arXiv 1707.02921). EDSR's quarter turns
+    are left out: with our own weights, which know mostly falling rain, they cost quality."""
     total = 0
     for sides in ((), (3,), (2,), (2, 3)):
         mirrored = x.flip(sides).contiguous(memory_format=torch.channels_last)
@@ -184,7 +183,7 @@ class Derainer:
             for _ in range(3):  # compiles, records a CUDA graph and replays it
                 self.launch([(None, torch.zeros(3, self.window, self.window))])
             if self.gpu:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self.device)
         except Exception as error:  # compilers fail in many ways
             self.compiled = None
             reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -206,7 +205,7 @@ class Derainer:
                 raise
         self.pixels = x[: len(x) // 2, 0].numel()
         torch.cuda.empty_cache()
-        return torch.cat([self.compute(half) for half in x.chunk(2)])
+        return torch.cat([self.compute(half).clone() for half in x.chunk(2)])  # a CUDA graph overwrites its last result
 
     def compute_at_once(self, x):
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -248,7 +247,7 @@ class Derainer:
         if self.gpu:
             x = x.pin_memory()
         x = x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        with LOCK:
+        with LOCK if self.gpu else contextlib.nullcontext():
             results = self.compute(x).to("cpu", non_blocking=True)  # into pinned memory
             copied = torch.cuda.current_stream(self.device).record_event() if self.gpu else None
         return canvases, results, copied
@@ -300,6 +299,8 @@ def derain_files(derainer, outputs, quality=QUALITY, steady=False, progress=None
     """Derains the pictures and clips of a dict of path: path of the result -> yields (path, UserError or None).
 
     `progress` is called with the share of a picture or frame that was just done, after each batch of windows."""
+    from utils.video import derain_clip, is_clip  # loads FFmpeg, which programs that derain pictures do without
+
     yield from derainer.files({path: outputs[path] for path in outputs if not is_clip(path)}, quality, progress)
     for path in filter(is_clip, outputs):
         try:
@@ -355,7 +356,8 @@ def derain(
     gpus: str | int | None = None,
     **options,
 ) -> np.ndarray | Image.Image | Path:
-    """Derains a picture and returns one of the same kind. For many files, clips or networks use Derainer itself.
+    """Derains a picture and returns one of the same kind. For many files or clips use derain_files, for several
+    networks Derainer itself.
 
     Args:
         image: an array H×W, H×W×1 to 4 (grey or RGB, the last of 2 or 4 is alpha, which stays as it is), uint8, uint16
@@ -363,7 +365,7 @@ def derain(
             `output` and whose path is returned
         weights: a checkpoint, by default this repository's own; it stays loaded for the next call
         output: the file that holds the result of a file, by default results/<its name>.png
-        gpus: number of the GPU, or "cpu"; by default a GPU if there is one
+        gpus: number of the GPU, or "cpu"; by default PyTorch's current GPU at the first call, if there is one
         options: mode, window, bf16, ensemble and compile, as Derainer takes them
 
     Raises UserError for a file that cannot be read or written, and ValueError for an array of another kind.

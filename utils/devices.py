@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,21 +97,24 @@ def choose_device(gpus=None):
 
 @contextlib.contextmanager
 def strict_float32(benchmark=False):
-    """Makes GPUs compute float32 convolutions and matrix products in float32. PyTorch's default, or the environment,
-    rounds their inputs to TF32, of 10 bits, and pictures then differ from a CPU's by a level here and there. A program
-    that has set PyTorch's fp32_precision keeps it. `benchmark` lets cuDNN try its algorithms once for each size of
-    input: worth it for sizes that come again."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    wanted, before = [(cudnn, "benchmark", benchmark), (cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)], []
-    try:
-        for backend, name, value in wanted:
-            with contextlib.suppress(RuntimeError):  # it has set fp32_precision
-                before.append((backend, name, getattr(backend, name)))
-                setattr(backend, name, value)
+    """Makes GPUs compute float32 in float32. PyTorch rounds the inputs of convolutions to TF32, of 10 bits, by default,
+    and those of matrix products where a program or the environment allows it; pictures then differ from a CPU's by a
+    level here and there. `benchmark` lets cuDNN try its algorithms once for each size of input: worth it for sizes that
+    come again."""
+    cudnn = torch.backends.cudnn
+    settings = [  # not matmul.allow_tf32, which cannot restore the precision "medium"
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False),
+        (partial(getattr, cudnn, "benchmark"), partial(setattr, cudnn, "benchmark"), benchmark),
+    ]
+    with contextlib.ExitStack() as restored:
+        for read, write, value in settings:
+            with contextlib.suppress(RuntimeError):  # of a program that has set fp32_precision: it keeps that
+                before = read()
+                if before != value:
+                    write(value)
+                    restored.callback(write, before)
         yield
-    finally:
-        for setting in before:
-            setattr(*setting)
 
 
 def start_processes(gpus=None):
@@ -130,16 +134,17 @@ def end_processes():
 
 @contextlib.contextmanager
 def reports_lost_processes():
-    """Turns what gloo raises when another process has vanished into a UserError. NCCL waits until torchrun ends it, and
-    its own errors are of another kind."""
+    """Turns what is raised when another process has vanished into a UserError. NCCL's own errors stay as they are."""
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not dist.is_initialized() or "NCCL" in str(error) or not lost:
+        message = str(error)
+        own = "NCCL error" in message and "remote process exited" not in message  # such as a full /dev/shm
+        lost = (isinstance(error, dist.DistError) or "gloo" in message) and not own
+        if not dist.is_initialized() or not lost:
             raise
         raise UserError(
-            f"another process of this run has ended or is out of reach ({str(error).splitlines()[0]}); its message, or "
+            f"another process of this run has ended or is out of reach ({message.splitlines()[0]}); its message, or "
             "what torchrun prints below, says why. The same command resumes from the last checkpoint."
         ) from error
 

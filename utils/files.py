@@ -185,12 +185,13 @@ def write_json(path, content):
 
 
 def append_json(path, content):
-    """Adds a line of JSON to a file."""
+    """Adds a line of JSON to a file. Raises OSError if it cannot be written."""
     with open(path, "a") as file:
         file.write(f"{json.dumps(content)}\n")
 
 
 def write_json_lines(path, lines):
+    """Writes a list as lines of JSON, which read_json_lines reads."""
     write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 

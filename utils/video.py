@@ -1,4 +1,4 @@
-"""Deraining files: clips with PyAV, which brings its own FFmpeg libraries, frame by frame in constant memory."""
+"""Deraining clips with PyAV, which brings its own FFmpeg libraries, frame by frame in constant memory."""
 
 import contextlib
 import heapq
