@@ -122,7 +122,7 @@ class EpochSampler(Sampler):
         return len(range(self.rank, count, self.world)), count
 
 
-def quiet_worker(_):
+def ignore_signals(_):
     """Makes a worker ignore signals that terminals and schedulers send to a whole group of processes: the main process
     saves, and its workers end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows

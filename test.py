@@ -70,7 +70,7 @@ def split_clips(sources, results):
         paths = [Path(source)]
         if not os.path.exists(source):
             found = sorted(map(Path, glob.glob(source, recursive=True)))
-            paths = pictures.originals(found, pictures.root_of(source), results)
+            paths = pictures.without_results(found, pictures.root_of(source), results)
         matching = [path for path in paths if is_clip(path) and path.is_file()]
         clips += matching
         if not matching or any(map(pictures.is_picture, paths)):

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from warmup_scheduler import GradualWarmupScheduler
 
 import ablations
-from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, quiet_worker
+from dataset_RGB import EpochSampler, Photo, TrainingPatches, ValidationPatches, ignore_signals
 from evaluations.metrics import psnr
 from losses import DerainLoss
 from model import MULTIPLE
@@ -151,7 +151,7 @@ def find_data(args):
     return pairs + args.clean_repeats * photos, validation
 
 
-def digest(pairs, folder, clean_dir=None):
+def digest_names(pairs, folder, clean_dir=None):
     """-> a digest of the names of pairs below `folder`, and of photographs below `clean_dir`."""
     hashed = hashlib.sha256()
     for pair in pairs:
@@ -242,8 +242,8 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
         pairs, val_pairs = find_data(args)
-        self.digest = digest(pairs, args.train_dir, args.clean_dir)
-        val_names = digest(val_pairs, args.train_dir if args.hold_out else args.val_dir)
+        self.digest = digest_names(pairs, args.train_dir, args.clean_dir)
+        val_names = digest_names(val_pairs, args.train_dir if args.hold_out else args.val_dir)
         val_bytes = sum(os.path.getsize(pair.input) for pair in val_pairs)  # Rain200L and Rain200H have equal names
         self.val_digest = repr((val_names, val_bytes, args.clean_half, args.patch_size))
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
@@ -299,7 +299,7 @@ class Trainer:
 
     def make_loader(self, dataset, **options):
         options |= {"num_workers": self.args.num_workers, "persistent_workers": self.args.num_workers > 0}
-        options |= {"pin_memory": self.device.type == "cuda", "worker_init_fn": quiet_worker}
+        options |= {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_signals}
         # With the default generator each start would advance the random state, which a resumed run restores.
         return DataLoader(dataset, generator=torch.Generator(), **options)
 

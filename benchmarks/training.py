@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import common
 from benchmarks.published import published
-from dataset_RGB import Photo, TrainingPatches, quiet_worker
+from dataset_RGB import Photo, TrainingPatches, ignore_signals
 from losses import DerainLoss
 from utils.files import UserError, reports_errors
 from utils.pairs import find_pairs
@@ -79,7 +79,7 @@ def loader_rows(patch):
     pairs, rows = find_pairs(DEMO), []
     for source, samples in {"pairs": pairs, "synthetic rain": [Photo(pair.target) for pair in pairs]}.items():
         patches = TrainingPatches((samples * 8)[: 8 * (LOADING_BATCHES + 2)], patch, seed=0)
-        batches = iter(DataLoader(patches, batch_size=8, num_workers=1, worker_init_fn=quiet_worker))
+        batches = iter(DataLoader(patches, batch_size=8, num_workers=1, worker_init_fn=ignore_signals))
         for _ in range(2):  # the worker's start
             next(batches)
         start = time.perf_counter()

@@ -128,11 +128,11 @@ def test_a_process_ends_though_its_workers_leave_sigterm_to_it(pairs_folder):
     (pairs_folder / "input" / "3.png").write_bytes(b"broken")
     script = f"""
 from torch.utils.data import DataLoader
-from dataset_RGB import TrainingPatches, quiet_worker
+from dataset_RGB import TrainingPatches, ignore_signals
 from utils.pairs import find_pairs
 patches = TrainingPatches(find_pairs({str(pairs_folder)!r}), 32, seed=0)
 try:
-    list(DataLoader(patches, num_workers=1, worker_init_fn=quiet_worker))
+    list(DataLoader(patches, num_workers=1, worker_init_fn=ignore_signals))
 except Exception as error:
     kept = error
     print(type(error).__name__)

@@ -68,7 +68,7 @@ def walk(root):
     return files, links
 
 
-def originals(paths, root, results):
+def without_results(paths, root, results):
     """-> the paths that are not in one of the folders `results`, as far as these are below `root`."""
     results = [Path(folder).resolve() for folder in results]
     results = [folder for folder in results if Path(root).resolve() in folder.parents]
@@ -109,7 +109,7 @@ def find_pictures(source, results=()):
             f"{source} holds no pictures: the endings looked for are {' '.join(sorted(ENDINGS))}. Clips are given by "
             "name or quoted pattern, such as 'holiday/*.mp4'."
         )
-    found = originals(found, root, results)
+    found = without_results(found, root, results)
     if not found:
         raise UserError(f"{source} holds only results of earlier runs: give the pictures that they were made from.")
     return sorted(found), root
@@ -125,10 +125,10 @@ def skipped(source, results=()):
         root = root_of(source)
         matching = map(Path, glob.glob(str(source), recursive=True))
         files = [path for path in matching if path.is_file() and path.suffix.lower() not in CLIP_ENDINGS]
-    others = [path for path in originals(files, root, results) if not is_picture(path)]
+    others = [path for path in without_results(files, root, results) if not is_picture(path)]
     clips = sum(path.suffix.lower() in CLIP_ENDINGS for path in others)
     unknown = len(others) - clips - sum(path.name.lower() in BYPRODUCTS for path in others)
-    links = len(originals(links, root, results))
+    links = len(without_results(links, root, results))
     parts = [
         counted(clips, "clip") if clips else "",
         f"{counted(unknown, 'file')} of unknown kind" if unknown else "",
