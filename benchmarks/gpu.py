@@ -70,7 +70,7 @@ def main(argv=None):
         (inference.compare, "NeRD-Rain-S", args, count, compiled),
     ]
     if args.device.type == "cpu":
-        parts = [part for part in parts if part[-1] is not compiled]
+        parts = [part for part in parts if part[-1] != compiled]
     start, rows, failed = time.monotonic(), [], 0
     for compare, *arguments in parts:
         if time.monotonic() - start > LAST_START:
