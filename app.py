@@ -20,7 +20,7 @@ from PIL import Image
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import Derainer, derain_files
-from utils.devices import add_gpus, choose_device, print_cpu_warnings
+from utils.devices import add_gpus, choose_device, print_warnings
 from utils.files import UserError, counted, listed, out_of_memory, reports_errors
 from utils.pictures import CLIP_ENDINGS, ENDINGS, read_image
 from utils.video import count_frames, is_clip, result_path
@@ -210,7 +210,7 @@ def main(argv=None):
     parser.add_argument("--max_seconds", type=int, default=900, help="of a request's work (default: %(default)s)")
     args = parser.parse_args(argv)
     device = choose_device(args.gpus)
-    print_cpu_warnings(device, args.gpus)
+    print_warnings(device, args.gpus)
     load_network(args.weights)  # says now what is wrong with it
     try:  # Gradio would try a hundred ports for minutes
         socket.create_server((args.host, args.port or 0)).close()

@@ -26,7 +26,7 @@ from evaluations.metrics import PROTOCOLS, psnr_ssim
 from utils import pictures
 from utils.checkpoint import OWN_WEIGHTS, load_network
 from utils.derain import MODES, WINDOW, Derainer, derain_files, is_current, remember_settings, results_settings
-from utils.devices import add_gpus, choose_device, print_cpu_warnings
+from utils.devices import add_gpus, choose_device, print_warnings
 from utils.files import UserError, counted, disk_failed, listed, reports_errors, write_csv
 from utils.pairs import DATASETS, Pair, clean_folder, known_dataset, match_by_name, rainy_folder
 from utils.pictures import find_pictures, read_image
@@ -201,7 +201,7 @@ def main(argv=None):
     if rank == 0:
         weights = "our own weights" if args.weights == OWN_WEIGHTS else args.weights
         print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
-        print_cpu_warnings(device, args.gpus)
+        print_warnings(device, args.gpus, args.bf16)
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
     outputs = dict(list(plan.outputs.items())[rank::world])

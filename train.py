@@ -237,7 +237,7 @@ class Trainer:
                 f"--batch_size {args.batch_size} is too small for {self.world} processes: choose {self.world} or more."
             )
         if self.rank == 0:
-            devices.print_cpu_warnings(self.device, args.gpus)
+            devices.print_warnings(self.device, args.gpus, args.bf16)
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # all patches have one size
 

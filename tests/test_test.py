@@ -273,8 +273,11 @@ def test_earlier_results_in_the_input_folder_are_no_inputs(run, photos, capsys):
 
 def test_warnings_are_printed(run, photos, monkeypatch, capsys):
     monkeypatch.setattr("utils.devices.cpu_warnings", lambda gpus: [f"WARNING: {gpus}"])
+    monkeypatch.setattr("utils.devices.has_bfloat16", lambda device: False)
     run(photos / "a.png", "--gpus", "cpu")
-    assert "\nWARNING: cpu\n" in capsys.readouterr().out
+    assert "\nWARNING: cpu\n" in (printed := capsys.readouterr().out) and "bfloat16" not in printed
+    run(photos / "a.png", "--bf16")
+    assert "this processor only emulates bfloat16" in capsys.readouterr().out
 
 
 def test_wrong_outputs_and_options_are_named(run, photos, tmp_path, capsys):

@@ -282,10 +282,11 @@ def test_a_run_prints_its_data_and_off_a_terminal_its_progress(options, pairs_fo
     """Photographs are trained on, held-out pairs validate."""
     monkeypatch.setattr(train, "PROGRESS_SECONDS", 0)
     monkeypatch.setattr(devices, "cpu_warnings", lambda gpus: ["note: the machine is busy"])
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: False)
     options += ["--clean_dir", str(pairs_folder / "target"), "--clean_repeats", "2", "--hold_out", "0.3"]
-    train.main([*options, "--batch_size", "6", "--num_epochs", "1"])
+    train.main([*options, "--batch_size", "6", "--num_epochs", "1", "--bf16"])
     output = capsys.readouterr().out
-    assert f"{4 + 2 * 6} training pairs, 2 validation pairs" in output
+    assert f"{4 + 2 * 6} training pairs, 2 validation pairs" in output and "omit --bf16" in output
     lines = [line for line in output.splitlines() if line.startswith("epoch 1/1, ")]
     assert len(lines) == 3 and output.count("note: the machine is busy\n") == 1
     progress = r"epoch 1/1, step 2/3, lr 0: epoch [0-9:]+ left, \S+ pictures/s, run [0-9:]+ left, loss [0-9.]+"

@@ -55,10 +55,22 @@ def cpu_warnings(gpus=None):
     return warnings
 
 
-def print_cpu_warnings(device, gpus):
-    if device.type == "cpu":
-        for warning in cpu_warnings(gpus):
-            print(warning)
+def has_bfloat16(device):
+    """-> whether the device itself computes in bfloat16. Others emulate it: a processor with AVX2 only took 30 times as
+    long as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def print_warnings(device, gpus, bf16=False):
+    """Prints what makes this run slow: see cpu_warnings and has_bfloat16."""
+    warnings = cpu_warnings(gpus) if device.type == "cpu" else []
+    if bf16 and not has_bfloat16(device):
+        kind = "GPU" if device.type == "cuda" else "processor"
+        warnings.append(f"note: this {kind} only emulates bfloat16, which is slow: omit --bf16.")
+    for warning in warnings:
+        print(warning)
 
 
 def add_gpus(parser):
