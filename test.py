@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from os.path import isdir, realpath
+from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +100,7 @@ def find_targets(found, target_dir):
 
 
 class Plan(NamedTuple):
+    input_folders: list  # that pictures and clips lie in or below
     folder: Path  # of results
     outputs: dict  # path of a picture or clip: path of its result
     targets: dict  # path of a picture: path of the clean one
@@ -117,7 +118,9 @@ def make_plan(args):
     folder = args.output_dir or default_output_dir([*sources, *clips][0], found[0][1] if found else "")
     if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS | pictures.CLIP_ENDINGS:
         raise UserError(f"--output_dir {folder} names a file: give a folder.")
-    if realpath(folder) in [realpath(source) for source in sources if isdir(source)]:
+    roots = [root for _, root in found] + [clip.parent for clip in clips]
+    input_folders = sorted(set(map(realpath, roots)))
+    if realpath(folder) in input_folders:
         raise UserError(f"{folder} is the input folder: choose another --output_dir.")
 
     wanted = {clip: result_path(clip, folder) for clip in clips}
@@ -125,21 +128,21 @@ def make_plan(args):
         keeps = args.keep_format and path.suffix.lower() in pictures.KEEPABLE
         wanted[path] = (folder / path.relative_to(root)).with_suffix(path.suffix if keeps else ".png")
     targets, clean = find_targets(found, args.target_dir) if args.target_dir else ({}, [])
-    outputs, failures, makers, given = {}, [], {}, set(map(realpath, [*wanted, *clean]))
+    outputs, failures, sources_of, protected = {}, [], {}, set(map(realpath, [*wanted, *clean]))
     for path, output in wanted.items():
-        maker = makers.setdefault(realpath(output), path)
-        if realpath(output) in given:
+        first = sources_of.setdefault(realpath(output), path)
+        if realpath(output) in protected:
             failures.append(f"{path}: its result would overwrite {output}, choose another --output_dir.")
-        elif maker != path:
-            failures.append(f"{path} and {maker} would both become {output}: rename one of them.")
+        elif first != path:
+            failures.append(f"{path} and {first} would both become {output}: rename one of them.")
         else:
             outputs[path] = output
 
-    if args.panel and realpath(args.panel) in {*given, *map(realpath, outputs.values())}:
+    if args.panel and realpath(args.panel) in {*protected, *map(realpath, outputs.values())}:
         raise UserError(f"--panel would overwrite {args.panel}: choose another name.")
     notes = [note for note in (pictures.skipped(source, results) for source in sources) if note]
     test_sets = bool(found) and all(is_test_set(root) for _, root in found)
-    return Plan(folder, outputs, targets, failures, notes, test_sets)
+    return Plan(input_folders, folder, outputs, targets, failures, notes, test_sets)
 
 
 def measure(outputs, targets, protocol):
@@ -147,7 +150,7 @@ def measure(outputs, targets, protocol):
 
     def scores(path):
         if path not in targets:
-            return f"{path} has no clean picture."
+            return f"{path} has no clean picture, or several of its name."
         try:
             rainy, clean = Pair(path, targets[path]).read()
             derained, _ = Pair(outputs[path], targets[path]).read()
@@ -204,6 +207,7 @@ def main(argv=None):
         print_warnings(device, args.gpus, args.bf16)
 
     settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
+    settings["input_folders"] = plan.input_folders  # another album's pictures may have the same names
     outputs = dict(list(plan.outputs.items())[rank::world])
     kept, new = {}, outputs
     if args.skip_existing:

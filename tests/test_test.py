@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,13 +159,13 @@ def test_results_overwrite_neither_what_was_given_nor_each_other(run, photos, tm
     assert "b.png: rename one of them" in failure(run, photos)
     write_png(tmp_path / "clean" / "c.png", np.zeros((40, 56, 3), np.uint8))
     before = {path: path.read_bytes() for folder in (photos, tmp_path / "clean") for path in folder.rglob("*.*")}
-    for source, options in (
-        (f"{photos}/*", ["--output_dir", photos]),
-        (photos / "a.png", ["--output_dir", photos, "--target_dir", photos]),
-        (photos / "sub", ["--output_dir", tmp_path / "clean", "--target_dir", tmp_path / "clean"]),
-        (photos / "sub", ["--target_dir", tmp_path / "clean", "--panel", tmp_path / "clean" / "c.png"]),
+    for source, options, message in (
+        (f"{photos}/*.jpg", ["--output_dir", photos], "is the input folder"),  # b.png is not given
+        (photos / "a.png", ["--output_dir", photos], "is the input folder"),
+        (photos / "sub", ["--output_dir", tmp_path / "clean", "--target_dir", tmp_path / "clean"], "would overwrite"),
+        (photos / "sub", ["--target_dir", tmp_path / "clean", "--panel", tmp_path / "clean/c.png"], "would overwrite"),
     ):
-        assert "would overwrite" in failure(run, source, *options)
+        assert message in failure(run, source, *options)
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -204,6 +205,9 @@ def test_existing_results_are_kept_if_made_with_the_same_weights_and_settings(ru
         assert remade(*options) and not remade(*options)
     for name in ("bf16", "ensemble"):
         assert remade(f"--{name}") and json.loads((tmp_path / "out" / "settings.json").read_text())[name]
+    album = shutil.copytree(photos, tmp_path / "b" / "photos")  # another album with the same names
+    run(album, "--skip_existing")
+    assert "3 files derained" in capsys.readouterr().out
 
 
 def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypatch, capsys):

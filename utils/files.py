@@ -9,11 +9,10 @@ import json
 import logging
 import os
 import platform
-import re
 import secrets
-import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -26,6 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+TEMPORARY = ".nerd-rain.tmp"  # the end of names of files that are being written
 # The last two mean that the folder to write to is a file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -87,25 +87,13 @@ def reports_errors(main):
     return wrapped
 
 
-def is_running(process):
-    """Whether a process with this number exists on this machine."""
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it is another user's
-    return True
-
-
 @functools.cache  # once per folder: listing a large one for every file would take long
-def remove_abandoned(folder, host):
-    """Removes temporary files that killed processes of this machine left in a folder."""
-    if not fcntl:  # on Windows, signal 0 is Ctrl-C
-        return
-    pattern = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(host)}-(\d{{1,9}})\.tmp")
+def remove_abandoned(folder):
+    """Removes what killed processes left in a folder: temporary files that nobody has written to for a day. Their
+    processes' numbers would not tell, as containers have numbers of their own."""
     with contextlib.suppress(OSError):  # a folder that cannot be tidied may still be written to
-        for path in folder.iterdir():
-            writer = pattern.fullmatch(path.name)
-            if writer and not is_running(int(writer[1])):
+        for path in folder.glob(f".*{TEMPORARY}"):
+            if time.time() - path.stat().st_mtime > 24 * 3600:
                 path.unlink(missing_ok=True)
 
 
@@ -117,11 +105,11 @@ def atomic_path(path, previous=None):
     `previous` keeps the file that is replaced: one of the two exists at any time. Parent folders are created. A full
     disk, a read-only folder and the like raise UserError.
     """
-    path, host = Path(path), socket.gethostname()[:64]
-    temporary = path.with_name(f".{path.name[:25]}.{secrets.token_hex(4)}.{host}-{os.getpid()}.tmp")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:25]}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent, host)
+        remove_abandoned(path.parent)
         yield temporary
         if previous and path.exists():
             os.replace(path, previous)
