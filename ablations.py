@@ -157,23 +157,8 @@ class AblationNet(nn.Module):
         antialias: the inputs at 1/2 and 1/4 size are means instead of single pixels
     """
 
-    def __init__(
-        self,
-        dim=48,
-        num_blocks=(2, 3, 3),
-        heads=(1, 2, 4),
-        passes=(1, 2, 3),
-        inr="published",
-        feedback="bfpu",
-        own_reduce=False,
-        antialias=False,
-    ):
+    def __init__(self, dim, num_blocks, heads, passes, inr, feedback, own_reduce, antialias):
         super().__init__()
-        if inr not in INRS or feedback not in FEEDBACKS or len(passes) != 3 or passes[0] < 0 or min(passes[1:]) < 1:
-            raise ValueError(
-                f"inr is one of {', '.join(INRS)}, feedback one of {', '.join(FEEDBACKS)}, passes are three numbers of "
-                f"which the first may be 0; not {inr}, {feedback} and {passes}"
-            )
         size = {"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)}
         wiring = {"passes": tuple(passes), "inr": inr, "feedback": feedback}
         self.options = {**size, **wiring, "own_reduce": own_reduce, "antialias": antialias}
@@ -279,13 +264,11 @@ class AblationNet(nn.Module):
 
 
 def build(dim=48, num_blocks=(2, 3, 3), heads=(1, 2, 4), **ablation):
-    """The network with these options: MultiscaleNet, or AblationNet where it takes one.
-
-    Raises TypeError for an option that does not exist and ValueError for a value that it cannot have.
-    """
-    if heads is not None and DEFAULTS | ablation == DEFAULTS:
+    """The network with these options: MultiscaleNet, or AblationNet where it takes one."""
+    options = DEFAULTS | ablation
+    if heads is not None and options == DEFAULTS:
         return MultiscaleNet(dim, num_blocks, heads)
-    return AblationNet(dim, num_blocks, heads, **ablation)
+    return AblationNet(dim, num_blocks, heads, **options)
 
 
 def network_name(net):

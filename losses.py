@@ -63,9 +63,9 @@ class EdgeDistance(nn.Module):
 class DerainLoss(nn.Module):
     """The published training objective.
 
-    `loss(outputs, target)` takes the network's list of seven tensors and the clean image, B×3×H×W in [0, 1], and
-    returns a dict of scalars: the unweighted sum over the scales of "charbonnier", "fft" and "edge", "l1" of the two
-    INR renderings, and their weighted "total", which is to be minimised.
+    `loss(outputs, target)` takes the network's list of seven tensors, None where an ablation has none, and the clean
+    image, B×3×H×W in [0, 1], and returns a dict of scalars: the unweighted sum over the scales of "charbonnier", "fft"
+    and "edge", "l1" of the two INR renderings, and their weighted "total", which is to be minimised.
     """
 
     terms = (*WEIGHTS, "total")

@@ -83,9 +83,9 @@ def parse_args(argv=None):
     add("--val_dir", metavar="DIR", help="the same for validation, which chooses model_best.pth (default: …/test)")
     add("--hold_out", type=fraction, metavar="FRACTION", help="validate on this part of the training scenes instead")
     add("--clean_half", choices=("left", "right"), help="in folders of side-by-side pictures, the half that is clean")
-    add("--clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, along with --train_dir")
+    add("--clean_dir", metavar="DIR", help="photographs to train on with synthetic rain, along with pairs or alone")
     add("--clean_repeats", type=count, default=1, metavar="N", help="how often each comes in an epoch (default: 1)")
-    add("--num_workers", type=natural, metavar="N", help="data-loading processes (default: up to 4)")
+    add("--num_workers", type=natural, metavar="N", help="data-loading processes of each GPU (default: up to 4)")
 
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=ablations.NETWORKS, help="default: the preset's, or that of the weights it starts from")
@@ -128,7 +128,9 @@ def parse_args(argv=None):
     if not own_data:
         args.train_dir = str(folder / "train")
     if args.ablation == "mprnet":
-        args.model = args.model or "NeRD-Rain-MPRNet"
+        if args.model:
+            parser.error("--ablation mprnet is a network of its own: omit --model")
+        args.model = "NeRD-Rain-MPRNet"
     args.no_zero_epoch |= args.ablation == "no_zero_epoch"
     session = f"ablation/{args.ablation}/{args.seed}" if args.ablation else args.dataset or "Multiscale"
     defaults = {"val_dir": str(folder / "test"), "session": session, "num_workers": min(4, devices.usable_cores())}
@@ -151,12 +153,15 @@ def find_data(args):
     return pairs + args.clean_repeats * photos, validation
 
 
-def digest_names(pairs, folder, clean_dir=None):
-    """-> a digest of the names of pairs below `folder`, and of photographs below `clean_dir`."""
+def digest_data(pairs, folder, clean_dir=None):
+    """-> a digest of the names of pairs below `folder` and of photographs below `clean_dir`, and of the sizes of about
+    a thousand of these files: Rain200L and Rain200H have equal names, and to ask for all of SPA-Data takes minutes."""
     hashed = hashlib.sha256()
     for pair in pairs:
         root = clean_dir if isinstance(pair, Photo) else folder
         hashed.update(os.fsencode(os.path.relpath(pair.input, root)) + b"\n")
+    sizes = [os.path.getsize(pair.input) for pair in pairs[:: 1 + len(pairs) // 1000]]
+    hashed.update(repr(sizes).encode())
     return hashed.hexdigest()
 
 
@@ -242,10 +247,9 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
         pairs, val_pairs = find_data(args)
-        self.digest = digest_names(pairs, args.train_dir, args.clean_dir)
-        val_names = digest_names(val_pairs, args.train_dir if args.hold_out else args.val_dir)
-        val_bytes = sum(os.path.getsize(pair.input) for pair in val_pairs)  # Rain200L and Rain200H have equal names
-        self.val_digest = repr((val_names, val_bytes, args.clean_half, args.patch_size))
+        self.train_digest = digest_data(pairs, args.train_dir, args.clean_dir)
+        val_digest = digest_data(val_pairs, args.train_dir if args.hold_out else args.val_dir)
+        self.val_digest = f"{val_digest} {args.clean_half} {args.patch_size}"
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
@@ -289,12 +293,7 @@ class Trainer:
         self.next_line = time.monotonic() + PROGRESS_SECONDS
         self.board = None
         if self.rank == 0:
-            if source == self.previous:
-                print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {source}.")
-                if self.latest.exists():  # another day it may be readable; the next save would make it the previous
-                    os.replace(self.latest, self.folder / "model_damaged.pth")
-            self.begin(resumed=bool(source))
-            self.board = SummaryWriter(self.folder, purge_step=self.pictures_done())
+            self.begin(source, problems)
         self.interruption = Interruption()  # before this there is nothing to save
 
     def make_loader(self, dataset, **options):
@@ -307,7 +306,7 @@ class Trainer:
         """Restores what a checkpoint holds; a published one has only epoch, weights and optimizer."""
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             raise UserError(f"{source} holds weights only: move it elsewhere and pass it to --pretrain_weights.")
-        if checkpoint.get("digest", self.digest) != self.digest:
+        if checkpoint.get("train_digest", self.train_digest) != self.train_digest:
             raise UserError(
                 f"{self.folder} was trained on other pictures than there are now in --train_dir and --clean_dir: "
                 "restore them, or choose another --session."
@@ -338,15 +337,19 @@ class Trainer:
         self.forward = torch.compile(self.parallel, dynamic=False)
         try:
             with torch.random.fork_rng(devices=[]), self.without_sync():
-                self.losses(patches, patches)["total"].backward()
+                self.compute_losses(patches, patches)["total"].backward()
         except Exception as error:  # compilers raise all kinds
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             print(f"--compile does not work here ({reason}): training continues without it")
             self.forward = self.parallel
         self.optimizer.zero_grad()
 
-    def begin(self, resumed):
+    def begin(self, source, problems):
         """Prints and records what begins, and drops what was logged after the checkpoint."""
+        if source == self.previous:
+            print("warning:", *(problems or [f"{self.latest} does not exist."]), f"Resuming from {source}.")
+            if self.latest.exists():  # another day it may be readable; the next save would make it the previous
+                os.replace(self.latest, self.folder / "model_damaged.pth")
         args, records, log = vars(self.args), self.folder / "runs.jsonl", self.folder / "log.jsonl"
         device = f"CPU with {counted(torch.get_num_threads(), 'thread')}"
         if self.device.type == "cuda":
@@ -357,7 +360,7 @@ class Trainer:
             f"{counted(self.args.num_epochs, 'epoch')} -> {self.folder}"
         )
         runs = files.read_json_lines(records)
-        if resumed:
+        if source:
             print(f"resumes after epoch {self.epoch} and {self.step} of {counted(self.steps_per_epoch, 'step')}")
             last = runs[-1]["arguments"] if runs else {}
             changes = [name for name in args if name in last and args[name] != last[name]]
@@ -367,6 +370,7 @@ class Trainer:
         run |= {"cuda": torch.version.cuda, "device": device, "processes": self.world}
         files.write_json_lines(records, [*runs, run])
         files.write_json_lines(log, [line for line in files.read_json_lines(log) if line["epoch"] <= self.epoch])
+        self.board = SummaryWriter(self.folder, purge_step=self.pictures_done())
 
     def end_if_asked(self):
         """Saves and ends the process if any process of the run was asked to."""
@@ -439,17 +443,14 @@ class Trainer:
         update = self.step == begin + group
         rainy, clean = (self.to_device(batch[name]) for name in ("input", "target"))
         with contextlib.nullcontext() if update else self.without_sync():
-            losses = self.losses(rainy, clean)
+            losses = self.compute_losses(rainy, clean)
             weight = own_count * self.world / batch_count  # DDP averages over processes, which may have fewer pictures
             (losses["total"] * weight / group).backward()
         values = torch.stack([losses[name].detach() for name in self.loss.terms]).double()
         self.sums += values * own_count
         norm = values.new_zeros(())  # of the gradient
         if update:
-            if args.clip_grad:
-                norm = clip_grad_norm_(self.net.parameters(), args.clip_grad)
-            else:
-                norm = get_total_norm([weight.grad for weight in self.net.parameters() if weight.grad is not None])
+            norm = clip_grad_norm_(self.net.parameters(), args.clip_grad or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:
@@ -463,7 +464,7 @@ class Trainer:
         patches = patches.to(self.device, non_blocking=True)
         return patches.to(torch.float32, memory_format=torch.channels_last) / 255
 
-    def losses(self, rainy, clean):
+    def compute_losses(self, rainy, clean):
         # An epoch's last batch may be smaller: the compiled network would be compiled anew for it.
         forward = self.forward if len(rainy) == self.sampler.counts(0)[0] else self.parallel
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -563,7 +564,7 @@ class Trainer:
         content = {
             "epoch": self.epoch,
             "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
-            "digest": self.digest,
+            "train_digest": self.train_digest,
             "val_digest": self.val_digest,
             "state_dict": self.net.state_dict(),
             "options": self.net.options,

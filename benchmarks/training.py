@@ -1,5 +1,5 @@
 """A training step (forward, losses, backward, Adam): ours against the published formulation; and what one worker of the
-loader delivers meanwhile.
+loader delivers.
 
 python -m benchmarks.training
 """

@@ -38,7 +38,7 @@ def pair_results(results, targets):
             raise UserError(f"{results_root} holds results and targets only if they are named N_DR and N_GT.")
     pairs, problems = match_by_name(results, targets, results_root, targets_root)
     found, wanted = Counter(pair.target for pair in pairs), Counter(targets)
-    inputs_root = targets_root.with_name("input")
+    inputs_root = targets_root.parent / "input"
     if targets_root.name == "target" and inputs_root.is_dir():
         inputs = find_pictures(inputs_root)[0]
         wanted |= Counter(pair.target for pair in match_by_name(inputs, targets, inputs_root, targets_root)[0])

@@ -17,7 +17,7 @@ def test_without_options_the_ablation_net_is_the_published_network():
     torch.manual_seed(1)
     net = MultiscaleNet(**NARROW)
     torch.manual_seed(1)
-    other, x = AblationNet(**NARROW), golden_input("input", 1, 3, 32, 48)
+    other, x = AblationNet(**NARROW, heads=(1, 2, 4), **ablations.DEFAULTS), golden_input("input", 1, 3, 32, 48)
     assert list(other.state_dict()) == list(net.state_dict())
     torch.testing.assert_close([other.state_dict(), other(x)], [net.state_dict(), net(x)], rtol=0, atol=0)
 

@@ -53,8 +53,9 @@ def test_under_torchrun_each_process_takes_the_gpu_of_its_rank(gpus, monkeypatch
         choose_device()
 
 
-def set_load(monkeypatch, load, threads):
+def set_load(monkeypatch, load, threads, cores=8):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
@@ -81,6 +82,13 @@ def test_busy_cores_are_announced(monkeypatch, load, threads, advice):
     set_load(monkeypatch, load, threads)
     warnings = cpu_warnings("cpu")
     assert warnings == [] if advice is None else len(warnings) == 1 and advice in warnings[0]
+
+
+def test_load_on_the_cores_of_other_jobs_is_no_matter(monkeypatch):
+    set_load(monkeypatch, 100, 8, cores=128)
+    assert cpu_warnings("cpu") == []
+    set_load(monkeypatch, 124, 8, cores=128)
+    assert " 4 of 8 cores" in cpu_warnings("cpu")[0]
 
 
 def test_devices_that_emulate_bfloat16_are_announced(monkeypatch, capsys):

@@ -90,12 +90,14 @@ def test_one_folder_with_both_as_the_matlab_scripts_expect(tmp_path):
     assert "N_DR and N_GT" in failure(run, tmp_path, tmp_path, "--protocol", "did")
 
 
-def test_a_missing_one_of_several_results_of_a_scene_is_noticed(tmp_path):
+def test_a_missing_one_of_several_results_of_a_scene_is_noticed(tmp_path, monkeypatch):
     for name in ("901_1", "901_2", "901_3", "902_1"):
         for path in (f"target/{name[:3]}.png", f"input/{name}.png", f"results/{name}.png"):
             write_png(tmp_path / path, np.zeros((1, 1, 3), np.uint8))
     pairs, problems = evaluate.pair_results(tmp_path / "results", tmp_path)
     assert len(pairs) == 4 and not problems
+    monkeypatch.chdir(tmp_path / "target")  # a folder without a name
+    assert len(evaluate.pair_results(tmp_path / "results", ".")[0]) == 4
     (tmp_path / "results" / "901_3.png").unlink()
     (problem,) = evaluate.pair_results(tmp_path / "results", tmp_path)[1]
     assert "901.png has 2 derained pictures" in problem and "where 3 should be" in problem

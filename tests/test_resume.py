@@ -187,6 +187,9 @@ def test_a_session_keeps_to_its_data(options, tmp_path, pairs_folder, capsys):
     options += ["--val_dir", str((tmp_path / "val").rename(tmp_path / "moved_val"))]
     train.main([*options, "--train_dir", os.path.relpath(moved)])
     assert "chosen anew" not in capsys.readouterr().out
+    picture = moved / "input" / "5.png"
+    picture.write_bytes(picture.read_bytes() + b"0")  # as in another data set with the same names
+    assert "was trained on other pictures than there are now" in fails([*options, "--train_dir", str(moved)])
     for folder in ("input", "target"):
         (moved / folder / "5.png").unlink()
     assert "choose another --session" in fails([*options, "--train_dir", str(moved), "--num_epochs", "2"])

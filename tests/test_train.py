@@ -203,6 +203,7 @@ def test_presets_are_the_authors_and_can_be_overridden():
         (["--dim", "9"], "must be a multiple of 2"),
         (["--val_dir", ""], "give --val_dir DIR, pairs to validate on, or --hold_out 0.05 to validate on a part"),
         (["--val_dir", "", "--train_dir", "", "--clean_dir", "photos"], "give --val_dir DIR, pairs to validate on\n"),
+        (["--ablation", "mprnet", "--model", "NeRD-Rain-S"], "is a network of its own: omit --model"),
         (["--train_dir", "nowhere"], "nowhere/input does not exist"),
         (["--val_dir", "nowhere"], "nowhere/input does not exist"),
         (["--clean_dir", "nowhere"], "nowhere"),
@@ -235,7 +236,7 @@ def test_broken_pictures_are_named_before_the_first_epoch(options, tmp_path, pai
 def test_a_step_that_is_not_finite_is_named_and_never_saved(options, tmp_path, monkeypatch, poison, check_steps):
     """A loss or, though the loss is finite, a gradient; the run would save after the next step, before it checks."""
     monkeypatch.setattr(train, "SAVE_STEPS", 2)
-    losses = train.Trainer.losses
+    losses = train.Trainer.compute_losses
 
     def poisoned(trainer, rainy, clean):
         trainer.check_steps = check_steps
@@ -245,7 +246,7 @@ def test_a_step_that_is_not_finite_is_named_and_never_saved(options, tmp_path, m
             found["total"] = total * math.nan if poison == "loss" else total + 0 * (total - total.detach()).sqrt()
         return found
 
-    monkeypatch.setattr(train.Trainer, "losses", poisoned)
+    monkeypatch.setattr(train.Trainer, "compute_losses", poisoned)
     message = fails(options)
     sampler = EpochSampler(6, batch_size=2, seed=1234)
     sampler.epoch = 1

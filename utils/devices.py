@@ -45,12 +45,13 @@ def cpu_warnings(gpus=None):
             "Update the driver or install a PyTorch for it (https://pytorch.org/get-started/locally/), or use "
             "--gpus cpu if this is intended."
         )
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # not on Windows
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # of the whole machine; not on Windows
     threads, cores = torch.get_num_threads(), usable_cores()
-    if threads > 1 and load + threads > cores + 0.5:
+    free = max(0, min(cores, os.cpu_count() - load))
+    if threads > 1 and threads > free + 0.5:
         warnings.append(
-            f"note: other programs keep about {min(load, cores):.0f} of {cores} cores busy. With more threads than "
-            f"free cores this one takes several times as long: set OMP_NUM_THREADS={max(1, round(cores - load))}."
+            f"note: other programs keep about {cores - free:.0f} of {cores} cores busy. With more threads than free "
+            f"cores this one takes several times as long: set OMP_NUM_THREADS={max(1, round(free))}."
         )
     return warnings
 

@@ -52,7 +52,8 @@ def out_of_memory(error):
 
 
 def reports_errors(main):
-    """Decorates a script's main function: errors that a user can mend end it with a sentence instead of a traceback."""
+    """Decorates a script's main function: errors that a user can mend end it with a sentence instead of a traceback.
+    Sets up printing and logging first."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):

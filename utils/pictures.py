@@ -1,6 +1,6 @@
 """Picture files in and out. A result keeps what its original has: grey, alpha, 16 bits, colour profile, EXIF.
 
-Pillow reads and writes all but colours of 16 bits, which OpenCV reads, and OpenCV and tifffile write.
+Pillow reads and writes all but 16 bits, of which it reads grey; OpenCV reads colours, OpenCV and tifffile write both.
 """
 
 import glob
