@@ -33,7 +33,7 @@ def compare(name, args, count, variants=EAGER):
         derainer = Derainer(published(make_network(name, args)), mode="window", window=window)
         derainer.net.to(memory_format=torch.contiguous_format)
         derainer.compute = torch.inference_mode()(lambda x: derainer.net(x.contiguous())[0])  # PyTorch's settings
-        derainer.pixels = 1  # one window at a time
+        derainer.batch_pixels = 1  # one window at a time
         return over_pictures(derainer)
 
     def ours(options):

@@ -47,7 +47,7 @@ def test_a_network_that_changes_nothing_returns_the_picture(narrow_net, height, 
     image = random_picture(height, width, dtype=np.uint16 if dtype == np.float32 else dtype)
     image = (image / 65535).astype(dtype) if dtype == np.float32 else image
     derainer = Derainer(narrow_net, mode, window)
-    derainer.forward, derainer.pixels = lambda x: x, batch * window**2
+    derainer.forward, derainer.batch_pixels = lambda x: x, batch * window**2
     result = derainer(image)
     assert result.dtype == dtype and result.shape == image.shape
     assert np.abs(result.astype(float) - image).max() <= (1e-6 if dtype == np.float32 else 0)
@@ -77,11 +77,11 @@ def test_windows_of_several_pictures_share_a_batch(narrow_net, mode):
     expected = [derainer(image) for image in images]
     forward, shapes, shares = derainer.forward, [], []
     derainer.forward = lambda x: [shapes.append(tuple(x.shape)), forward(x)][1]
-    derainer.pixels = 3 * 32 * 32
+    derainer.batch_pixels = 3 * 32 * 32
     results = list(derainer.stream(enumerate(images), shares.append))
     assert [key for key, _ in results] == list(range(len(images)))
     assert all(levels(result, other) <= 1 for (_, result), other in zip(results, expected))  # sums round otherwise
-    assert max(count * height * width for count, _, height, width in shapes) == derainer.pixels
+    assert max(count * height * width for count, _, height, width in shapes) == derainer.batch_pixels
     assert sum(shares) == pytest.approx(len(images)) and min(shares) > 0
 
 
@@ -138,7 +138,7 @@ def test_batches_that_exceed_a_gpus_memory_are_halved(narrow_net):
             raise torch.OutOfMemoryError
         return graph.copy_(plain.compute(x))  # a CUDA graph overwrites its last result, too
 
-    derainer.pixels, derainer.compute_at_once = 8 * 48 * 48, compute_or_fail
+    derainer.batch_pixels, derainer.compute_at_once = 8 * 48 * 48, compute_or_fail
     x = torch.rand(8, 3, 48, 48)
     torch.testing.assert_close(derainer.compute(x), plain.compute(x), rtol=0, atol=1e-5)
     assert batches == [8, 4, 2, 2, 4, 2, 2] and derainer.batch_size(48, 48) == 2
@@ -175,7 +175,7 @@ def test_a_compiled_network_is_compiled_once_for_pictures_of_all_sizes(monkeypat
     images = [random_picture(*size) for size in ((40, 40), (20, 64), (64, 33), (100, 70))]
     derainer = Derainer(build(**NARROW, passes=(0, 1, 1), inr="first"), "tile", 32)
     expected = [derainer(image) for image in images]
-    derainer.pixels = 3 * 32 * 32
+    derainer.batch_pixels = 3 * 32 * 32
     derainer.compile()
     for (_, result), other in zip(derainer.stream(enumerate(images)), expected):
         assert levels(result, other) <= 1

@@ -169,7 +169,7 @@ class Derainer:
         self.mode, self.window, self.bf16, self.ensemble = mode, window, bf16, ensemble
         self.device = next(net.parameters()).device
         self.gpu = self.device.type == "cuda"
-        self.pixels = GPU_PIXELS if self.gpu else 1  # at once; a CPU computes one window at a time
+        self.batch_pixels = GPU_PIXELS if self.gpu else 1  # at once; a CPU computes one window at a time
         self.threads = min(8, usable_cores()) if self.gpu else 1
         self.compiled = None
         if compile:
@@ -203,7 +203,7 @@ class Derainer:
         except torch.OutOfMemoryError:
             if len(x) == 1:
                 raise
-        self.pixels = x[: len(x) // 2, 0].numel()
+        self.batch_pixels = x[: len(x) // 2, 0].numel()
         torch.cuda.empty_cache()
         return torch.cat([self.compute(half).clone() for half in x.chunk(2)])  # a CUDA graph overwrites its last result
 
@@ -214,7 +214,7 @@ class Derainer:
             return self_ensemble(self.forward, x) if self.ensemble else self.forward(x)
 
     def batch_size(self, height, width):
-        return max(1, self.pixels // (height * width))
+        return max(1, self.batch_pixels // (height * width))
 
     def spans(self, side):
         alone = side < self.window or self.mode == "whole"
