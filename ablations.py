@@ -1,6 +1,6 @@
 """Presets of the network, the paper's ablations (Tables 4 to 6) and what lies beyond them, from the parts of model.py.
 
-`AblationNet` writes the wiring of `MultiscaleNet` as loops, so that the numbers of passes can change. Without options
+`AblationNet` writes the wiring of `MultiscaleNet` as loops, so that the numbers of passes can change. With DEFAULTS
 it has the same weights and computes the same images. Outputs that an ablation omits are None.
 """
 
@@ -159,6 +159,8 @@ class AblationNet(nn.Module):
 
     def __init__(self, dim, num_blocks, heads, passes, inr, feedback, own_reduce, antialias):
         super().__init__()
+        if len(passes) != 3 or passes[0] < 0 or min(passes[1:]) < 1:
+            raise ValueError(f"passes are three numbers, of which the first may be 0, not {passes}")
         size = {"dim": dim, "num_blocks": tuple(num_blocks), "heads": heads and tuple(heads)}
         wiring = {"passes": tuple(passes), "inr": inr, "feedback": feedback}
         self.options = {**size, **wiring, "own_reduce": own_reduce, "antialias": antialias}

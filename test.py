@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from os.path import realpath
 from pathlib import Path
@@ -43,14 +44,18 @@ def parse_args(argv=None):
     add("--input_dir", nargs="+", required=True, help="rainy pictures: files, folders, 'patterns'; clips")
     add("--output_dir", type=Path, help="folder of results (default: results/<input's name>)")
     add("--keep_format", action="store_true", help="write JPEG, WebP, TIFF, … for such inputs, instead of PNG")
-    add("--skip_existing", action="store_true", help="keep earlier results of the same weights and settings")
+    add("--skip_existing", action="store_true", help="keep earlier results of the same weights, settings and folders")
     add("--quality", type=int, default=pictures.QUALITY, help="1 to 100, of JPEG, WebP and AVIF (default: %(default)s)")
     add("--weights", type=Path, default=OWN_WEIGHTS, help="a checkpoint of any network (default: our own weights)")
     add_gpus(parser)
     add("--mode", choices=MODES, help="default: window for test sets and with --target_dir, tile for other pictures")
     add("--win_size", type=int, default=WINDOW, help="side of windows and tiles (default: %(default)s)")
     add("--ensemble", action="store_true", help="mean of the results of the picture and its three mirror images")
-    add("--bf16", action="store_true", help="bfloat16: faster, and nearly the same pictures")
+    add(
+        "--bf16",
+        action="store_true",
+        help="bfloat16: nearly the same pictures, faster where the hardware has it",
+    )
     add("--compile", action="store_true", help="compile the network, which takes minutes: then faster on GPUs")
     add("--steady", action="store_true", help="clips: damp flicker where nothing moves")
     add("--target_dir", type=Path, help="clean pictures, or a test set's folder: measure PSNR and SSIM")
@@ -92,6 +97,9 @@ def default_output_dir(source, root):
 def find_targets(found, target_dir):
     """-> dict of rainy picture: clean picture, and all clean pictures. Raises UserError if none belong together."""
     clean, clean_root = find_pictures(clean_folder(target_dir))
+    names = Counter(path.with_suffix("") for path in clean)
+    if doubled := [path for path in clean if names[path.with_suffix("")] > 1]:
+        raise UserError(f"clean pictures have the same name: keep one of each.{listed(doubled)}")
     matches = [match_by_name(paths, clean, root, clean_root)[0] for paths, root in found]
     targets = {pair.input: pair.target for pairs in matches for pair in pairs}
     if not targets:
@@ -100,7 +108,7 @@ def find_targets(found, target_dir):
 
 
 class Plan(NamedTuple):
-    input_folders: list  # that pictures and clips lie in or below
+    input_folders: set  # that pictures and clips lie in or below
     folder: Path  # of results
     outputs: dict  # path of a picture or clip: path of its result
     targets: dict  # path of a picture: path of the clean one
@@ -118,10 +126,9 @@ def make_plan(args):
     folder = args.output_dir or default_output_dir([*sources, *clips][0], found[0][1] if found else "")
     if folder.is_file() or folder.suffix.lower() in pictures.ENDINGS | pictures.CLIP_ENDINGS:
         raise UserError(f"--output_dir {folder} names a file: give a folder.")
-    roots = [root for _, root in found] + [clip.parent for clip in clips]
-    input_folders = sorted(set(map(realpath, roots)))
+    input_folders = set(map(realpath, [*(root for _, root in found), *(clip.parent for clip in clips)]))
     if realpath(folder) in input_folders:
-        raise UserError(f"{folder} is the input folder: choose another --output_dir.")
+        raise UserError(f"{folder} holds the inputs: choose another --output_dir.")
 
     wanted = {clip: result_path(clip, folder) for clip in clips}
     for path, root in [(path, root) for paths, root in found for path in paths]:
@@ -150,7 +157,7 @@ def measure(outputs, targets, protocol):
 
     def scores(path):
         if path not in targets:
-            return f"{path} has no clean picture, or several of its name."
+            return f"{path} has no clean picture."
         try:
             rainy, clean = Pair(path, targets[path]).read()
             derained, _ = Pair(outputs[path], targets[path]).read()
@@ -206,8 +213,8 @@ def main(argv=None):
         print(f"{network_name(net)} from {weights} on {device}, --mode {mode}", *plan.notes, sep="\n")
         print_warnings(device, args.gpus, args.bf16)
 
-    settings = results_settings(args.weights, derainer) | ({"steady": True} if args.steady else {})
-    settings["input_folders"] = plan.input_folders  # another album's pictures may have the same names
+    settings = results_settings(args.weights, derainer, plan.input_folders)
+    settings |= {"steady": True} if args.steady else {}
     outputs = dict(list(plan.outputs.items())[rank::world])
     kept, new = {}, outputs
     if args.skip_existing:

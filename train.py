@@ -154,8 +154,8 @@ def find_data(args):
 
 
 def digest_data(pairs, folder, clean_dir=None):
-    """-> a digest of the names of pairs below `folder` and of photographs below `clean_dir`, and of the sizes of about
-    a thousand of these files: Rain200L and Rain200H have equal names, and to ask for all of SPA-Data takes minutes."""
+    """-> a digest of the names of pairs below `folder` and of photographs below `clean_dir`, and of the sizes of up to
+    a thousand of these files: Rain200L and Rain200H have equal names, and network disks are slow to tell all sizes."""
     hashed = hashlib.sha256()
     for pair in pairs:
         root = clean_dir if isinstance(pair, Photo) else folder
@@ -247,9 +247,9 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all patches have one size
 
         pairs, val_pairs = find_data(args)
-        self.train_digest = digest_data(pairs, args.train_dir, args.clean_dir)
+        self.train_data = digest_data(pairs, args.train_dir, args.clean_dir)
         val_digest = digest_data(val_pairs, args.train_dir if args.hold_out else args.val_dir)
-        self.val_digest = f"{val_digest} {args.clean_half} {args.patch_size}"
+        self.val_data = f"{val_digest} {args.clean_half} {args.patch_size}"
         self.train_set = TrainingPatches(pairs, args.patch_size, args.seed)
         self.val_set = ValidationPatches(val_pairs, args.patch_size)
         self.sampler = EpochSampler(len(pairs), args.batch_size, args.seed, self.rank, self.world)
@@ -306,7 +306,7 @@ class Trainer:
         """Restores what a checkpoint holds; a published one has only epoch, weights and optimizer."""
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             raise UserError(f"{source} holds weights only: move it elsewhere and pass it to --pretrain_weights.")
-        if checkpoint.get("train_digest", self.train_digest) != self.train_digest:
+        if checkpoint.get("train_data", self.train_data) != self.train_data:
             raise UserError(
                 f"{self.folder} was trained on other pictures than there are now in --train_dir and --clean_dir: "
                 "restore them, or choose another --session."
@@ -314,7 +314,7 @@ class Trainer:
         self.epoch = checkpoint["epoch"]
         self.step = min(checkpoint.get("pictures", 0) // self.args.batch_size, self.steps_per_epoch)
         self.best_psnr, self.best_epoch = checkpoint.get("best_psnr", -math.inf), checkpoint.get("best_epoch", 0)
-        if checkpoint.get("val_digest") != self.val_digest:
+        if checkpoint.get("val_data", self.val_data) != self.val_data:
             if self.rank == 0 and "best_psnr" in checkpoint:
                 print(f"validation has changed: {self.best} is chosen anew, from epoch {self.epoch + 1} on")
             self.best_psnr, self.best_epoch = -math.inf, 0
@@ -564,8 +564,8 @@ class Trainer:
         content = {
             "epoch": self.epoch,
             "pictures": self.step * self.args.batch_size,  # used of the next epoch; its last batch counts as full
-            "train_digest": self.train_digest,
-            "val_digest": self.val_digest,
+            "train_data": self.train_data,
+            "val_data": self.val_data,
             "state_dict": self.net.state_dict(),
             "options": self.net.options,
             "optimizer": self.optimizer.state_dict(),

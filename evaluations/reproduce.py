@@ -101,7 +101,7 @@ def derain_test_set(model, dataset, device, args):
         raise UserError(f"{source} does not exist; {model} needs it: {how_to_get(dataset)}")
     net = load_released(model, dataset, args.mirror).to(device)
     derainer = Derainer(net, mode="window")
-    settings = results_settings(released_path(model, dataset), derainer)
+    settings = results_settings(released_path(model, dataset), derainer, [source])
     remember_settings(results, settings)
     paths, root = find_pictures(source)
     outputs = {path: (results / path.relative_to(root)).with_suffix(".png") for path in paths}

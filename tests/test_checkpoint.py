@@ -106,7 +106,7 @@ def test_names_of_another_network_are_shown():
     "options",
     [
         *({"num_blocks": value} for value in ((10**9, 1, 1), (10**9, -(10**9), 1), (1,), 3, None)),
-        *({"passes": value} for value in ((1, 10**9, 1), (1, 0, 3), (1, 2))),
+        *({"passes": value} for value in ((1, 10**9, 1), (1, 0, 3), (1, 2), (1, 2, 3, 4), (-1, 2, 3))),
         {"num_blocks": (300, 300, 300), "passes": (100, 100, 100)},
         *({"dim": value} for value in (-8, 10**6, 10**12, "8")),
         *({"heads": (10**6,) * 3}, {"inr": "magic"}, {"inr": ["none"]}, {"feedback": "x"}, {"dims": 8}, ["dim"]),

@@ -231,7 +231,7 @@ def test_results_are_current_if_newer_and_made_with_the_same_settings(narrow_net
     result.parent.mkdir(parents=True)
     source.touch()
     result.touch()
-    made = results_settings(narrow_weights, Derainer(narrow_net))
+    made = results_settings(narrow_weights, Derainer(narrow_net), [tmp_path])
     assert not is_current(result, source, made, folder)  # nobody knows how it was made
     remember_settings(folder, made)
     os.utime(folder / "settings.json", (1000, 1000))
@@ -242,9 +242,9 @@ def test_results_are_current_if_newer_and_made_with_the_same_settings(narrow_net
         assert is_current(result, source, made, folder) == expected
     assert not is_current(result.with_name("b.png"), source, made, folder)
     other_weights = save_narrow(tmp_path / "a.pth", seed=1)
-    assert not is_current(result, source, results_settings(other_weights, Derainer(narrow_net)), folder)
+    assert not is_current(result, source, results_settings(other_weights, Derainer(narrow_net), [tmp_path]), folder)
     for options in ({"mode": "window"}, {"window": 128}, {"bf16": True}, {"ensemble": True}):
-        settings = results_settings(narrow_weights, Derainer(narrow_net, **options))
+        settings = results_settings(narrow_weights, Derainer(narrow_net, **options), [tmp_path])
         assert not is_current(result, source, settings, folder)
     os.utime(source, (1002, 1002))
     assert not is_current(result, source, made, folder)

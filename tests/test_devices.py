@@ -88,15 +88,14 @@ def test_busy_cores_are_announced(monkeypatch, load, threads, cores, advice):
     assert warnings == [] if advice is None else len(warnings) == 1 and advice in warnings[0]
 
 
-def test_devices_that_emulate_bfloat16_are_announced(monkeypatch, capsys):
-    own = {"cuda": True, "cpu": False}
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or own["cuda"])
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: own["cpu"])
-    for device in map(torch.device, ("cuda", "cpu", "cuda")):
-        devices.print_warnings(device, "cpu", bf16=True)
-        emulated = f"this {'GPU' if device.type == 'cuda' else 'processor'} only emulates bfloat16"
-        assert (emulated in capsys.readouterr().out) != own[device.type]
-        own["cuda"] = False
+@pytest.mark.parametrize("own", [True, False])
+def test_devices_that_emulate_bfloat16_are_announced(monkeypatch, capsys, own):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or own)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: own, raising=False)
+    for device, kind in (("cuda", "GPU"), ("cpu", "processor")):
+        devices.print_warnings(torch.device(device), "cpu", bf16=True)
+        assert (f"this {kind} only emulates bfloat16" in capsys.readouterr().out) != own
 
 
 @pytest.mark.filterwarnings("error")

@@ -129,7 +129,10 @@ def test_pairs_that_do_not_fit_are_listed_and_the_others_measured(run, photos, t
     pairs = make_pairs(tmp_path / "pairs", count=3)
     message = failure(run, photos, "--target_dir", pairs / "target")
     assert f"no picture has a clean one of the same name in {pairs / 'target'}" in message
+    shutil.copy(pairs / "target" / "2.png", pairs / "target" / "2.jpg")
+    assert "same name: keep one of each.\n" in failure(run, pairs / "input", "--target_dir", pairs / "target")
     assert not (tmp_path / "out").exists()
+    (pairs / "target" / "2.jpg").unlink()
     write_png(pairs / "target" / "0.png", np.zeros((20, 20, 3), np.uint8))
     (pairs / "target" / "1.png").unlink()
     message = failure(run, pairs / "input", "--target_dir", pairs / "target")
@@ -160,8 +163,8 @@ def test_results_overwrite_neither_what_was_given_nor_each_other(run, photos, tm
     write_png(tmp_path / "clean" / "c.png", np.zeros((40, 56, 3), np.uint8))
     before = {path: path.read_bytes() for folder in (photos, tmp_path / "clean") for path in folder.rglob("*.*")}
     for source, options, message in (
-        (f"{photos}/*.jpg", ["--output_dir", photos], "is the input folder"),  # b.png is not given
-        (photos / "a.png", ["--output_dir", photos], "is the input folder"),
+        (f"{photos}/*.jpg", ["--output_dir", photos], "holds the inputs"),  # b.png is not given
+        (photos / "a.png", ["--output_dir", photos], "holds the inputs"),
         (photos / "sub", ["--output_dir", tmp_path / "clean", "--target_dir", tmp_path / "clean"], "would overwrite"),
         (photos / "sub", ["--target_dir", tmp_path / "clean", "--panel", tmp_path / "clean/c.png"], "would overwrite"),
     ):
@@ -205,9 +208,12 @@ def test_existing_results_are_kept_if_made_with_the_same_weights_and_settings(ru
         assert remade(*options) and not remade(*options)
     for name in ("bf16", "ensemble"):
         assert remade(f"--{name}") and json.loads((tmp_path / "out" / "settings.json").read_text())[name]
-    album = shutil.copytree(photos, tmp_path / "b" / "photos")  # another album with the same names
-    run(album, "--skip_existing")
-    assert "3 files derained" in capsys.readouterr().out
+    run(photos)
+    capsys.readouterr()
+    album = shutil.copytree(photos, tmp_path / os.fsdecode(b"caf\xe9"))  # which holds the same names
+    for expected in ("3 files derained", "3 kept"):
+        run(album, "--skip_existing")
+        assert expected in capsys.readouterr().out
 
 
 def test_clips_are_derained_by_name_and_pattern(run, photos, tmp_path, monkeypatch, capsys):
@@ -288,7 +294,7 @@ def test_wrong_outputs_and_options_are_named(run, photos, tmp_path, capsys):
     (tmp_path / "file.txt").touch()
     for source, options, message in (
         (photos, ("--compile", "--mode", "whole"), "not whole with --compile"),
-        (photos, ("--output_dir", photos / "sub/.."), "is the input folder: choose another"),
+        (photos, ("--output_dir", photos / "sub/.."), "holds the inputs: choose another"),
         (photos, ("--output_dir", tmp_path / "file.txt"), "file.txt names a file: give a folder"),
         (photos / "a.png", ("--output_dir", tmp_path / "out.png"), "out.png names a file: give a folder"),
     ):

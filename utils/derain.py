@@ -311,16 +311,17 @@ def derain_files(derainer, outputs, quality=QUALITY, steady=False, progress=None
             yield path, None
 
 
-def results_settings(weights, derainer):
-    """-> dict of what results depend on."""
+def results_settings(weights, derainer, input_folders):
+    """-> dict of what results depend on, with the folders of their pictures: others may hold the same names."""
     settings = {name: getattr(derainer, name) for name in ("mode", "window", "bf16", "ensemble")}
-    return {"weights": hashlib.sha256(Path(weights).read_bytes()).hexdigest(), **settings}
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    return {"weights": digest, "input_folders": sorted(map(os.path.realpath, input_folders)), **settings}
 
 
 def remembered_settings(folder):
     """-> what remember_settings wrote there, or None."""
     try:
-        return json.loads(Path(folder, SETTINGS).read_text())
+        return json.loads(Path(folder, SETTINGS).read_bytes().decode(errors="surrogateescape"))
     except (OSError, ValueError):
         return None
 

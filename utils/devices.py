@@ -47,7 +47,7 @@ def cpu_warnings(gpus=None):
         )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # of the whole machine; not on Windows
     threads, cores = torch.get_num_threads(), usable_cores()
-    free = max(0, min(cores, os.cpu_count() - load))
+    free = max(0, min(cores, (os.cpu_count() or cores) - load))
     if threads > 1 and threads > free + 0.5:
         warnings.append(
             f"note: other programs keep about {cores - free:.0f} of {cores} cores busy. With more threads than free "

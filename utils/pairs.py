@@ -132,10 +132,10 @@ def match_by_name(inputs, targets, input_root, target_root):
         candidates = [name.parent / stem for stem in target_names(name.name)]
         # A clean picture that has the name of another rainy one belongs to that one.
         fitting = [c for c in candidates if c in clean and (c == name or c not in rainy)]
-        if not fitting:
-            problems.append(f"{paths[0]} has no clean picture in {target_root}")
-        elif len(clean[fitting[0]]) == 1:  # nobody knows which of several is right
+        if fitting:
             pairs.append(Pair(paths[0], clean[fitting[0]][0]))
+        else:
+            problems.append(f"{paths[0]} has no clean picture in {target_root}")
     return pairs, problems
 
 
