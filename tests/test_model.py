@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ablations import AblationNet, ChannelAttentionBlock, build
+from ablations import ChannelAttentionBlock, build
 from benchmarks.published import published
-from model import INR, Attention, FeedForward, LayerNorm, MultiscaleNet, PixelShuffle, PixelUnshuffle, TransformerBlock
+from model import INR, Attention, FeedForward, LayerNorm, PixelShuffle, PixelUnshuffle, TransformerBlock
 from tests import golden
 from tests.conftest import NARROW
 from tests.golden import ARRAYS, NETWORKS, NUMBERS, golden_input, golden_network
@@ -125,11 +125,11 @@ def test_a_copy_computes_with_its_own_parts(copy_of, options):
     assert torch.equal(twin(x)[0], x) and torch.equal(net(x)[0], before)
 
 
-@pytest.mark.parametrize("network", [MultiscaleNet, AblationNet])
+@pytest.mark.parametrize("ablation", [{}, {"antialias": True}])
 @pytest.mark.parametrize("size", [(40, 32), (32, 17)])
-def test_sizes_that_are_no_multiples_of_16_are_refused(network, size):
+def test_sizes_that_are_no_multiples_of_16_are_refused(ablation, size):
     with pytest.raises(ValueError, match=f"multiples of 16, not {size[0]} and {size[1]}"):
-        network(**NARROW)(torch.rand(1, 3, *size))
+        build(**NARROW, **ablation)(torch.rand(1, 3, *size))
 
 
 @pytest.mark.gpu
