@@ -51,11 +51,7 @@ def parse_args(argv=None):
     add("--mode", choices=MODES, help="default: window for test sets and with --target_dir, tile for other pictures")
     add("--win_size", type=int, default=WINDOW, help="side of windows and tiles (default: %(default)s)")
     add("--ensemble", action="store_true", help="mean of the results of the picture and its three mirror images")
-    add(
-        "--bf16",
-        action="store_true",
-        help="bfloat16: nearly the same pictures, faster where the hardware has it",
-    )
+    add("--bf16", action="store_true", help="bfloat16: nearly the same pictures, faster where the hardware has it")
     add("--compile", action="store_true", help="compile the network, which takes minutes: then faster on GPUs")
     add("--steady", action="store_true", help="clips: damp flicker where nothing moves")
     add("--target_dir", type=Path, help="clean pictures, or a test set's folder: measure PSNR and SSIM")
@@ -214,7 +210,8 @@ def main(argv=None):
         print_warnings(device, args.gpus, args.bf16)
 
     settings = results_settings(args.weights, derainer, plan.input_folders)
-    settings |= {"steady": True} if args.steady else {}
+    if args.steady:
+        settings["steady"] = True
     outputs = dict(list(plan.outputs.items())[rank::world])
     kept, new = {}, outputs
     if args.skip_existing:
